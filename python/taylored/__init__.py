@@ -1,0 +1,28 @@
+"""Networks tailored by Taylor: find the channels a trained CNN does not need, remove them in place, retrain."""
+
+from taylored.checkpoint import load, save
+from taylored.compact import compact, masked, rehearse
+from taylored.plan import PlanError, PrunePlan, make_plan, random_plan
+from taylored.prune import PruneResult, prune
+from taylored.score import TaylorScorer
+from taylored.trace import ChannelGraph, Group, TraceError, trace
+
+__version__ = "0.1.0"
+__all__ = [
+    "ChannelGraph",
+    "Group",
+    "PlanError",
+    "PrunePlan",
+    "PruneResult",
+    "TaylorScorer",
+    "TraceError",
+    "compact",
+    "load",
+    "make_plan",
+    "masked",
+    "prune",
+    "random_plan",
+    "rehearse",
+    "save",
+    "trace",
+]

@@ -1,0 +1,282 @@
+"""Apply a plan: remove the planned units from a model, in place, and from all that goes with it.
+
+Weights, gradients, buffers, the optimizer's state and moving averages lose the same slices; the Parameter objects stay
+the same objects, so optimizers, schedulers and averages go on. `masked` does the same to a model's outputs without
+removing anything, by zeroing the units at their consumers: removal is zeroing, and the tests hold the two together.
+"""
+
+import contextlib
+import signal
+import threading
+
+import torch
+from torch import nn
+
+from taylored import ops
+from taylored.plan import PlanError, PrunePlan
+from taylored.trace import (
+    FIXED,
+    ChannelGraph,
+    LabelMode,
+    TraceError,
+    _slot,
+    line_at_fault,
+    named_tensors,
+    run_pass,
+)
+
+
+@contextlib.contextmanager
+def masked(model: nn.Module, graph: ChannelGraph, plan: PrunePlan):
+    """Within the context the model computes as if the plan's units were removed: zeros at their consumers' inputs."""
+    model = getattr(model, "_orig_mod", model)
+    lost: dict[str, list[torch.Tensor]] = {}
+    for name, units in plan.removed.items():
+        for consumer, slots in graph.group(name).inputs.items():
+            lost.setdefault(consumer, []).append(slots[units].flatten())
+    handles = []
+    try:
+        for consumer, indices in lost.items():
+            layer = graph.layers[consumer]
+            mask = torch.ones(len(layer.inputs))
+            mask[torch.cat(indices)] = 0
+            handles.append(model.get_submodule(consumer).register_forward_pre_hook(_zeroing(mask, layer.axis)))
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _zeroing(mask, axis):
+    def hook(_module, args):
+        x = args[0]
+        m = mask.to(x.device, x.dtype)
+        return (x * m.reshape([-1 if i == axis % x.ndim else 1 for i in range(x.ndim)]), *args[1:])
+
+    return hook
+
+
+def compact(model: nn.Module, plan: PrunePlan, optimizer=None, also=(), *, release: bool = False) -> None:
+    """Remove a plan's units from the model, in place.
+
+    optimizer: one torch.optim optimizer or a list; per-element state is compacted along with its parameter. also:
+    moving-average copies: modules with the same names (or that hold such a one as `.module`, like AveragedModel and
+    timm's ModelEma) or mappings from name to tensor. release: give the freed memory back, at the price of one copy;
+    otherwise each tensor keeps its old storage, of which it uses the front.
+
+    Everything is checked before anything is touched. Raises PlanError if the plan does not fit; TraceError if the model
+    does not run with fewer channels, naming its line (a forward that hard-codes a channel count).
+    """
+    model = getattr(model, "_orig_mod", model)
+    tensors = named_tensors(model)
+    jobs = _jobs(plan, tensors, "model", grads=True)
+    for number, copy in enumerate([also] if isinstance(also, (nn.Module, dict)) else also):
+        jobs += _jobs(plan, _tensors_of_copy(copy, plan, number), f"also[{number}]", grads=True)
+    names = {id(t): name for name, t in tensors.items()}
+    flat = []
+    for opt in [] if optimizer is None else optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]:
+        more, segments = _optimizer_jobs(plan, opt, names)
+        jobs += more
+        flat += segments
+    attributes = _attributes(model, plan)
+    if plan.graph is not None:
+        rehearse(model, plan)
+    with _uninterrupted(), torch.no_grad():
+        for tensor, dims in jobs:
+            tensor.data = ops.compact_(tensor.data, dims)
+        for tensor, segments in flat:
+            _compact_flat(tensor, segments)
+        for module, values in attributes:
+            for name, value in values.items():
+                setattr(module, name, value)
+        if release:
+            for tensor, _ in jobs:
+                tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
+
+
+def _jobs(plan, tensors, what, grads=False) -> list[tuple[torch.Tensor, dict[int, torch.Tensor]]]:
+    """(tensor, {dimension: kept indices}) for everything the plan touches, checked."""
+    jobs = []
+    for name, shape in plan.shapes.items():
+        if name not in tensors:
+            raise PlanError(f"the plan does not fit {what}: it has no tensor {name!r}")
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape:
+            raise PlanError(f"the plan does not fit {what}: {name!r} has shape {tuple(tensor.shape)}, the plan expects {shape}")
+        dims = {d: indices for (t, d), indices in plan.keep.items() if t == name}
+        for d, indices in dims.items():
+            ascending = len(indices) > 0 and bool((indices[1:] > indices[:-1]).all())
+            if not ascending or indices[0] < 0 or indices[-1] >= shape[d]:
+                raise PlanError(f"the plan's keep[{name!r}, {d}] must be ascending indices below {shape[d]}")
+        jobs.append((_compactable(tensor, name, what), dims))
+        if grads and tensor.grad is not None:
+            jobs.append((_compactable(tensor.grad, f"{name}.grad", what), dims))
+    return jobs
+
+
+def _compactable(tensor, name, what):
+    if not ops.is_dense(tensor):
+        raise PlanError(f"{what}: {name!r} has gaps or overlaps in memory (strides {tensor.stride()}); make it contiguous first")
+    return tensor
+
+
+def _tensors_of_copy(copy, plan, number) -> dict[str, torch.Tensor]:
+    if isinstance(copy, dict):
+        return copy
+    if not isinstance(copy, nn.Module):
+        raise TypeError(f"also[{number}] must be a module or a mapping from name to tensor, got {type(copy).__name__}")
+    tensors = named_tensors(copy)
+    if not all(name in tensors for name in plan.shapes) and isinstance(getattr(copy, "module", None), nn.Module):
+        tensors = named_tensors(copy.module)
+    return tensors
+
+
+def _optimizer_jobs(plan, optimizer, names):
+    """State that has a parameter's shape, or that shape with some dimensions reduced to 1 (Adafactor's)."""
+    jobs, flat = [], []
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for p in parameters:
+        name = names.get(id(p))
+        dims = {d: indices for (t, d), indices in plan.keep.items() if t == name}
+        for key, value in optimizer.state.get(p, {}).items():
+            if isinstance(optimizer, torch.optim.LBFGS):
+                for tensor in value if isinstance(value, list) else [value]:
+                    if isinstance(tensor, torch.Tensor) and tensor.numel() == sum(q.numel() for q in parameters):
+                        keeps = [{d: i for (t, d), i in plan.keep.items() if t == names.get(id(q))} for q in parameters]
+                        flat.append((tensor, [(tuple(q.shape), k) for q, k in zip(parameters, keeps, strict=True)]))
+            elif dims and isinstance(value, torch.Tensor) and value.ndim == p.ndim:
+                if all(v in (s, 1) for v, s in zip(value.shape, p.shape, strict=True)):
+                    mine = {d: indices for d, indices in dims.items() if value.shape[d] == p.shape[d]}
+                    if mine:
+                        jobs.append((_compactable(value, f"{key} of {name}", "optimizer"), mine))
+    return jobs, flat
+
+
+def _compact_flat(tensor, segments, chunk=1 << 17):
+    """LBFGS keeps all parameters end to end in one vector: compact each stretch, then close the gaps."""
+    source = target = 0
+    for shape, dims in segments:
+        stretch = tensor.data[source : source + shape.numel() if isinstance(shape, torch.Size) else source + _numel(shape)]
+        kept = ops.compact_(stretch.view(shape), dims).numel() if dims else stretch.numel()
+        for start in range(0, kept, chunk):
+            stop = min(start + chunk, kept)
+            tensor.data[target + start : target + stop] = tensor.data[source + start : source + stop].clone()
+        source += stretch.numel()
+        target += kept
+    tensor.data = tensor.data[:target]
+
+
+def _numel(shape):
+    return torch.Size(shape).numel()
+
+
+def _attributes(model, plan) -> list[tuple[nn.Module, dict[str, int]]]:
+    """What modules say about their own sizes, as it will be."""
+    found = []
+    for prefix, module in model.named_modules():
+        before, after = {}, {}
+        for local in ("weight", "running_mean"):
+            name = f"{prefix}.{local}" if prefix else local
+            if name in plan.shapes:
+                before[local], after[local] = plan.shapes[name], plan.shape_after(name)
+        if not after:
+            continue
+        old, new = next(iter(before.values())), next(iter(after.values()))
+        if isinstance(module, nn.modules.conv._ConvNd):
+            groups = module.groups * new[0] // old[0] if module.groups > 1 else 1
+            first, second = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
+            values = {first: new[0], second: new[1] * groups, "groups": groups}
+        elif isinstance(module, nn.Linear):
+            values = {"in_features": new[1], "out_features": new[0]}
+        elif isinstance(module, nn.modules.batchnorm._NormBase):
+            values = {"num_features": new[0]}
+        elif isinstance(module, nn.GroupNorm):
+            values = {"num_channels": new[0], "num_groups": module.num_groups * new[0] // old[0]}
+        elif isinstance(module, nn.PReLU):
+            values = {"num_parameters": new[0]}
+        else:
+            continue
+        found.append((module, values))
+    return found
+
+
+class Rehearsal(LabelMode):
+    """Runs the model as it will be. The labels are the components of the trace: only equals may meet."""
+
+    def __init__(self, module_names, graph):
+        super().__init__(module_names)
+        self.frozen = graph.frozen
+        self.grouped = {name for name, layer in graph.layers.items() if layer.is_grouped}
+        self.flops = 0
+
+    def unite(self, a, b):
+        a, b = a.reshape(-1), b.reshape(-1)
+        if bool(((a != b) & (a != FIXED) & (b != FIXED)).any()):
+            self.fail("channels that do not belong together meet")
+
+    def freeze(self, label, reason):
+        if any(int(c) not in self.frozen for c in label.unique() if c != FIXED):
+            self.fail(reason)
+
+    def counted(self, flops, dimensions):
+        self.flops += flops
+
+    def fail(self, why):
+        raise TraceError(f"{line_at_fault()}: {why}")
+
+
+def rehearse(model: nn.Module, plan: PrunePlan) -> None:
+    """Run the planned model on the meta device: shapes, labels and FLOPs must come out as planned. Changes nothing.
+
+    Raises TraceError with the file and line of the forward that does not follow its input's number of channels."""
+    model = getattr(model, "_orig_mod", model)
+    graph = plan.graph
+    after = graph.after(plan.removed)
+    attributes = _attributes(model, plan)
+    before = [(module, {name: getattr(module, name) for name in values}) for module, values in attributes]
+    try:
+        for module, values in attributes:
+            module.__dict__.update(values)
+        for traced in graph.passes:
+            mode = Rehearsal({id(m): name for name, m in model.named_modules()}, graph)
+            stand_ins = {}
+            for name, tensor in named_tensors(model).items():
+                stand_ins[name] = torch.empty(after.shapes[name], dtype=tensor.dtype, device="meta")
+                labels = [
+                    _slot(torch.from_numpy(after.components[name, d]), tensor.ndim, d)
+                    for d in range(tensor.ndim)
+                    if (name, d) in after.components
+                ]
+                mode.set(stand_ins[name], [x for label in labels for x in label])
+            try:
+                outputs = run_pass(model, stand_ins, mode, traced.training, traced.args, traced.kwargs).outputs
+            except TraceError as error:
+                raise TraceError(
+                    f"the model does not run with fewer channels (does its forward hard-code a channel count?): {error}"
+                ) from error
+            if outputs != traced.outputs:
+                raise TraceError(
+                    f"with fewer channels the model's outputs would change shape from {traced.outputs} to {outputs}: "
+                    "does its forward hard-code a channel count?"
+                )
+            if not traced.training and mode.flops != plan.flops[1]:
+                raise TraceError(f"with fewer channels the model takes {mode.flops} FLOPs, {plan.flops[1]} were planned")
+    finally:
+        for module, values in before:
+            module.__dict__.update(values)
+
+
+@contextlib.contextmanager
+def _uninterrupted():
+    """Put off Ctrl-C until nothing is half done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught = []
+    previous = signal.signal(signal.SIGINT, lambda *a: caught.append(a))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if caught:
+            raise KeyboardInterrupt

@@ -1,0 +1,127 @@
+"""The compiled operators, as Python functions. All calls of ``torch.ops.taylored`` are here, with the fake kernels that
+tell ``torch.compile`` and ``torch.export`` what shape comes out.
+
+Maps are ``[N, C, *spatial]``, contiguous or channels-last of any spatial rank; other strides cost one contiguous copy.
+A ``[N, L, F]`` tensor is a map as ``x.movedim(-1, 1)``. Element types are float64, float32, bfloat16 and float16. Sums
+are float32 over short stretches whose totals are added in float64 (float64 throughout for float64), and have the same
+bits whatever the number of threads.
+"""
+
+import torch
+from torch import Tensor
+
+from taylored import _library
+
+_library.load()
+_ops = torch.ops.taylored
+
+REDUCTIONS = {"abs": 0, "batch": 1, "square": 2}
+
+
+def contribution(x: Tensor, g: Tensor) -> Tensor:
+    """First-order change of the loss per example and channel: ``t[n, c] = sum_p x[n, c, p] * g[n, c, p]``
+    (arXiv:1611.06440, equation 8, before absolute value and division by the number of positions).
+
+    x, g: ``[N, C, *spatial]``, same shape and dtype; g is brought to x's layout.
+    Returns ``[N, C]``, float32, or float64 for float64.
+    Raises RuntimeError for other dtypes, fewer than two dimensions, or an x and g that differ.
+    """
+    return _ops.contribution.default(x, g)
+
+
+def relu_backward(y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """ReLU's backward pass and the contribution of its output, from one read of both.
+
+    y: output of ReLU, ``[N, C, *spatial]``; g: gradient with respect to it, same shape and dtype.
+    Returns ``g`` where ``y > 0`` and zero elsewhere (strides of ``torch.empty_like(y)``), and ``contribution(y, g)``.
+    Raises as `contribution` does.
+    """
+    return _ops.relu_backward.default(y, g)
+
+
+def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum, sum of squares and number of zeros over positions, in one pass: the parts of mean, standard deviation and
+    APoZ (Hu et al., arXiv:1607.03250).
+
+    x: ``[N, C, *spatial]``.
+    Returns three ``[N, C]``: sum and sum of squares as float32 (float64 for float64), zeros as int64.
+    Raises RuntimeError for other dtypes or fewer than two dimensions.
+    """
+    return _ops.channel_statistics.default(x)
+
+
+def accumulate_(total: Tensor, t: list[Tensor], reduction: str, scale: float) -> Tensor:
+    """Add a batch's contributions to a running score, in place. With ``s[n, u] = scale * sum_k t[k][n, u]``:
+
+    - ``"abs"``: ``total[u] += sum_n |s[n, u]|`` (arXiv:1611.06440)
+    - ``"batch"``: ``total[u] += |sum_n s[n, u]|`` (Gildenblat's code)
+    - ``"square"``: ``total[u] += sum_n s[n, u]^2`` (Molchanov et al. 2019, arXiv:1906.10771)
+
+    total: contiguous ``[units]``, float32 or float64. t: one or more ``[N, units]``, float32 or float64.
+    Returns total. Raises ValueError for an unknown reduction, RuntimeError for shapes or dtypes.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(map(repr, REDUCTIONS))}")
+    _ops.accumulate_.default(total, t, REDUCTIONS[reduction], scale)
+    return total
+
+
+def compact_(x: Tensor, keep: dict[int, Tensor]) -> Tensor:
+    """Keep some indices of some dimensions, in x's own memory, and return the smaller tensor: a view of the same
+    storage, packed, its strides in the order of x's.
+
+    x: any dtype, dense (contiguous, channels-last, any permutation of them). It keeps its shape; what lies behind the
+    returned view is left over. keep: for each dimension a strictly increasing int64 index vector.
+    Equal to ``x.index_select`` over each dimension. Raises RuntimeError, before anything is moved, where x is not
+    dense or an index vector is not sorted or out of range.
+    """
+    _ops.compact_.default(x, list(keep), list(keep.values()))
+    shape = list(x.shape)
+    for dim, index in keep.items():
+        shape[dim] = len(index)
+    return x.as_strided(shape, packed_strides(shape, x))
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether x's elements fill a stretch of memory without gap or overlap: what `compact_` asks of x."""
+    return x.is_contiguous() or all(s == 1 or a == b for s, a, b in zip(x.shape, x.stride(), packed_strides(x.shape, x)))
+
+
+def packed_strides(shape: list[int], like: Tensor) -> list[int]:
+    """Strides of dense memory of that shape, its dimensions nested as those of `like`."""
+    strides, step = [0] * len(shape), 1
+    # Equal strides (dimensions of size one) are nested as in contiguous memory: the last dimension innermost.
+    for dim in sorted(range(len(shape)), key=lambda d: (like.stride(d), -d)):
+        strides[dim] = step
+        step *= max(shape[dim], 1)
+    return strides
+
+
+@torch.library.register_fake("taylored::contribution")
+def _(x, g):
+    return x.new_empty(x.shape[:2], dtype=_sum_dtype(x))
+
+
+@torch.library.register_fake("taylored::relu_backward")
+def _(y, g):
+    return torch.empty_like(y), y.new_empty(y.shape[:2], dtype=_sum_dtype(y))
+
+
+@torch.library.register_fake("taylored::channel_statistics")
+def _(x):
+    total, squares = (x.new_empty(x.shape[:2], dtype=_sum_dtype(x)) for _ in range(2))
+    return total, squares, x.new_empty(x.shape[:2], dtype=torch.int64)
+
+
+@torch.library.register_fake("taylored::accumulate_")
+def _(total, t, reduction, scale):
+    return None
+
+
+@torch.library.register_fake("taylored::compact_")
+def _(x, dims, keep):
+    return None
+
+
+def _sum_dtype(x):
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,323 @@
+"""Decide which units go.
+
+`make_plan` normalises scores per group, charges them for their FLOPs, and removes the lowest until a budget is met;
+the result is a `PrunePlan`: a value that can be printed, compared, composed, saved and applied. Formulas:
+arXiv:1611.06440, section 2.2 (normalisation, equation 8; FLOPs regularisation, equation 9).
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+import torch
+from torch import nn
+
+from taylored.trace import FIXED, ChannelGraph, _complement
+
+NORMS = {
+    "none": lambda s: torch.ones((), dtype=s.dtype),
+    "l2": lambda s: s.norm(),
+    "l1": lambda s: s.abs().sum(),
+    "max": lambda s: s.abs().max(),
+    "mean": lambda s: s.abs().mean(),
+}
+
+
+class PlanError(ValueError):
+    """A plan cannot be made as asked, or does not fit the model it is to be applied to."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PrunePlan:
+    """What to remove, and what every affected dimension keeps.
+
+    removed: group name -> sorted int64 unit indices. keep: (tensor name, dimension) -> sorted int64 indices that stay.
+    units: group name -> units before. shapes: the shape before of every tensor in keep. flops, params: (before, after);
+    FLOPs are those of the traced example inputs. graph: where the plan comes from, None after loading from a file.
+    """
+
+    removed: dict[str, torch.Tensor]
+    keep: dict[tuple[str, int], torch.Tensor]
+    units: dict[str, int]
+    shapes: dict[str, tuple[int, ...]]
+    flops: tuple[int, int]
+    params: tuple[int, int]
+    graph: ChannelGraph | None = dataclasses.field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, graph: ChannelGraph, removed: dict[str, torch.Tensor]) -> "PrunePlan":
+        """The plan that removes the given units (group name -> indices) of a graph."""
+        removed = {name: torch.as_tensor(units, dtype=torch.int64).unique() for name, units in removed.items()}
+        removed = {g.name: removed[g.name] for g in graph.groups if len(removed.get(g.name, ()))}
+        lost: dict[tuple[str, int], list[torch.Tensor]] = {}
+        for name, units in removed.items():
+            group = graph.group(name)
+            if units[0] < 0 or units[-1] >= group.units:
+                raise PlanError(f"removed[{name!r}] has an index outside of the group's {group.units} units")
+            if len(units) == group.units:
+                raise PlanError(f"removed[{name!r}] leaves none of the group's {group.units} units")
+            for key, slots in group.slots.items():
+                lost.setdefault(key, []).append(slots[units].flatten())
+        keep = {(t, d): _complement(torch.cat(gone), graph.shapes[t][d]) for (t, d), gone in lost.items()}
+        after = graph.after(removed)
+        return cls(
+            removed=removed,
+            keep=keep,
+            units={g.name: g.units for g in graph.groups},
+            shapes={t: graph.shapes[t] for t, _ in keep},
+            flops=(graph.flops, after.flops),
+            params=(graph.params, after.params),
+            graph=graph,
+        )
+
+    def then(self, later: "PrunePlan") -> "PrunePlan":
+        """One plan against the original model that does what this one and then the later one do."""
+        keep = dict(self.keep)
+        for key, indices in later.keep.items():
+            keep[key] = keep[key][indices] if key in keep else indices
+        removed = {}
+        for name, size in self.units.items():
+            left = _complement(self.removed.get(name, ()), size)
+            if later.units.get(name) != len(left):
+                raise PlanError(f"the later plan starts from {later.units.get(name)} units of {name!r}, this one leaves {len(left)}")
+            gone = _complement(left[_complement(later.removed.get(name, ()), len(left))], size)
+            if len(gone):
+                removed[name] = gone
+        shapes = {**later.shapes, **self.shapes}
+        for (tensor, d), indices in self.keep.items():
+            if tensor in later.shapes and later.shapes[tensor][d] != len(indices):
+                raise PlanError(f"the later plan starts from another shape of {tensor!r} than this one leaves")
+        return dataclasses.replace(
+            self,
+            removed=removed,
+            keep=keep,
+            shapes=shapes,
+            flops=(self.flops[0], later.flops[1]),
+            params=(self.params[0], later.params[1]),
+        )
+
+    def shape_after(self, tensor: str) -> tuple[int, ...]:
+        """The shape that a tensor in `shapes` has when the plan has been applied."""
+        return tuple(len(self.keep[tensor, d]) if (tensor, d) in self.keep else s for d, s in enumerate(self.shapes[tensor]))
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """Group name -> number of units left."""
+        return {name: size - len(self.removed.get(name, ())) for name, size in self.units.items()}
+
+    def __eq__(self, other):
+        def same(a, b):
+            return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+        return (
+            isinstance(other, PrunePlan)
+            and same(self.removed, other.removed)
+            and same(self.keep, other.keep)
+            and (self.units, self.shapes) == (other.units, other.shapes)
+        )
+
+    __hash__ = None
+
+    def __getstate__(self):
+        return {**self.__dict__, "graph": None}
+
+    def __repr__(self):
+        gone, total = sum(map(len, self.removed.values())), sum(self.units.values())
+        (flops, flops_after), (params, params_after) = self.flops, self.params
+        return (
+            f"PrunePlan(removes {gone} of {total} units in {len(self.removed)} groups: "
+            f"{flops / 1e9:.3f} -> {flops_after / 1e9:.3f} GFLOPs, {params / 1e6:.3f} -> {params_after / 1e6:.3f} M parameters)"
+        )
+
+
+class Price:
+    """FLOPs or parameters as a function of how many units each group keeps: a sum of products, evaluated exactly."""
+
+    def __init__(self, graph: ChannelGraph, costs):
+        group_of = np.full(1 + max((int(d.max(initial=0)) for d in graph.components.values()), default=0), len(graph.groups))
+        for i, group in enumerate(graph.groups):
+            (tensor, d), slots = next(iter(group.slots.items()))
+            group_of[graph.components[tensor, d][slots.flatten().numpy()]] = i
+        rows: dict[bytes, int] = {}
+        sizes = []
+
+        def row(dimension):
+            key = dimension.tobytes()
+            if key not in rows:
+                rows[key] = len(sizes)
+                owner = np.where(dimension == FIXED, len(graph.groups), group_of[dimension])
+                sizes.append(np.bincount(owner, minlength=len(graph.groups) + 1))
+            return rows[key]
+
+        one = row(np.array([FIXED]))
+        width = max((len(c.dimensions) for c in costs), default=1)
+        self.factors = np.array([[row(d) for d in c.dimensions] + [one] * (width - len(c.dimensions)) for c in costs], dtype=np.int64)
+        self.coefficients = np.array([c.coefficient for c in costs], dtype=np.int64)
+        sizes = np.array(sizes, dtype=np.int64)
+        units = np.array([g.units for g in graph.groups], dtype=np.int64)
+        self.fixed, self.per_unit = sizes[:, -1], sizes[:, :-1] // np.maximum(units, 1)
+
+    def __call__(self, kept: np.ndarray) -> int:
+        """kept: units left in each group, in the order of graph.groups."""
+        sizes = self.fixed + self.per_unit @ kept
+        return int((self.coefficients * sizes[self.factors].prod(axis=1)).sum()) if len(self.coefficients) else 0
+
+
+def make_plan(
+    graph: ChannelGraph,
+    scores: dict[str, torch.Tensor],
+    *,
+    target_flops: float | None = None,
+    target_params: float | None = None,
+    remove_units: int | None = None,
+    normalize: str = "l2",
+    flops_weight: float = 1e-3,
+    round_to: int = 1,
+    min_units: int | dict[str, int] = 1,
+    max_ratio: float | dict[str, float] = 1.0,
+    ignore=(),
+) -> PrunePlan:
+    """Remove the units with the lowest scores until exactly one budget is met.
+
+    scores: group name -> [units]; a group without scores is left alone. target_flops, target_params: what may remain,
+    as a fraction of the graph's (a float up to 1) or in absolute numbers. remove_units: how many units go. normalize:
+    divide each group's scores by their "l2" (the paper's), "l1", "max" or "mean", or "none". flops_weight: lambda of
+    `score - lambda * flops(unit)`, in units such that the dearest group's units cost 1. round_to: keep a multiple of
+    so many channels per group. min_units: units each group keeps at least; max_ratio: share of each group that may go;
+    both also as a dict by group name. ignore: modules, or names of modules or groups, whose filters all stay.
+
+    Raises PlanError when the budget cannot be met, naming what is the least that can be reached.
+    """
+    scores = _checked(graph, scores)
+    budgets = {"target_flops": target_flops, "target_params": target_params, "remove_units": remove_units}
+    given = {k: v for k, v in budgets.items() if v is not None}
+    if len(given) != 1:
+        raise PlanError(f"give exactly one of target_flops, target_params and remove_units, got {given or 'none'}")
+    if normalize not in NORMS:
+        raise PlanError(f"normalize must be one of {list(NORMS)}, got {normalize!r}")
+    if not isinstance(round_to, int) or round_to < 1:
+        raise PlanError(f"round_to must be a positive integer, got {round_to!r}")
+    name, budget = next(iter(given.items()))
+    price = Price(graph, graph.param_costs if name == "target_params" else graph.flop_costs)
+    full = np.array([g.units for g in graph.groups], dtype=np.int64)
+    ignored = _ignored(graph, ignore)
+    dear = _flops_per_unit(graph, price if name != "target_params" else Price(graph, graph.flop_costs), full)
+
+    chunks = []  # (score, index of the group, units): what is removed at one stroke
+    for i, group in enumerate(graph.groups):
+        if group.name not in scores or group.name in ignored:
+            continue
+        s = scores[group.name]
+        norm = NORMS[normalize](s)
+        s = s / norm if norm > 0 else s
+        s = s - flops_weight * dear[i]
+        order = torch.argsort(s, stable=True)
+        for start, stop in _strokes(group, graph, round_to, _limit("min_units", min_units, group), _limit("max_ratio", max_ratio, group)):
+            chunks.append((float(s[order[start:stop]].mean()), i, order[start:stop]))
+    chunks.sort(key=lambda c: c[0])
+    counts = np.zeros((len(chunks) + 1, len(graph.groups)), dtype=np.int64)
+    for n, (_, i, units) in enumerate(chunks):
+        counts[n + 1, i] = len(units)
+    counts = counts.cumsum(axis=0)  # units gone from each group after the first n strokes
+
+    if name == "remove_units":
+        n = int(np.searchsorted(counts.sum(axis=1), budget, side="right")) - 1
+        if not isinstance(budget, int) or budget < 0 or budget > counts[-1].sum():
+            raise PlanError(f"remove_units={budget!r} must be an integer from 0 to {int(counts[-1].sum())}, all that may go")
+    else:
+        total = graph.params if name == "target_params" else graph.flops
+        limit = _absolute(name, budget, total)
+        least = price(full - counts[-1])
+        if least > limit:
+            raise PlanError(
+                f"{name}={budget} ({limit} of {total}) cannot be met: with every unit gone that may go {least} "
+                f"({least / max(total, 1):.3f}) remain. Allow more (min_units, max_ratio, round_to, ignore) or ask for less"
+            )
+        low, n = 0, len(chunks)  # the price falls with every stroke: find the first prefix within the limit
+        while low < n:
+            middle = (low + n) // 2
+            low, n = (low, middle) if price(full - counts[middle]) <= limit else (middle + 1, n)
+    removed: dict[str, list[torch.Tensor]] = {}
+    for _, i, units in chunks[:n]:
+        removed.setdefault(graph.groups[i].name, []).append(units)
+    return PrunePlan.of(graph, {name: torch.cat(parts) for name, parts in removed.items()})
+
+
+def random_plan(graph: ChannelGraph, ratio: float, seed: int = 0) -> PrunePlan:
+    """Remove the share `ratio` of every group's units (rounded down, never all) at random: for tests and baselines."""
+    if not 0 <= ratio <= 1:
+        raise PlanError(f"ratio must lie between 0 and 1, got {ratio}")
+    generator = torch.Generator().manual_seed(seed)
+    removed = {}
+    for group in graph.groups:
+        order = torch.randperm(group.units, generator=generator)
+        removed[group.name] = order[: min(int(ratio * group.units), group.units - 1)]
+    return PrunePlan.of(graph, removed)
+
+
+def _checked(graph, scores) -> dict[str, torch.Tensor]:
+    names = {g.name: g.units for g in graph.groups}
+    checked = {}
+    for name, s in scores.items():
+        if name not in names:
+            raise PlanError(f"scores has {name!r}, which is no group of the graph: {list(names)}")
+        s = torch.as_tensor(s).detach().to("cpu", torch.float64)
+        if s.shape != (names[name],):
+            raise PlanError(f"scores[{name!r}] must have shape ({names[name]},), got {tuple(s.shape)}")
+        if not s.isfinite().all():
+            raise PlanError(f"scores[{name!r}] is not finite")
+        checked[name] = s
+    return checked
+
+
+def _absolute(name, budget, total) -> int:
+    if isinstance(budget, float) and 0 < budget <= 1:
+        return math.floor(budget * total)
+    if budget >= 1:
+        return int(budget)
+    raise PlanError(f"{name} must be a fraction in (0, 1] or an absolute number, got {budget!r}")
+
+
+def _limit(argument, value, group):
+    value = value.get(group.name, 1) if isinstance(value, dict) else value
+    if argument == "min_units" and (not isinstance(value, int) or value < 1):
+        raise PlanError(f"min_units must be a positive integer, got {value!r} for {group.name!r}")
+    if argument == "max_ratio" and not 0 <= value <= 1:
+        raise PlanError(f"max_ratio must lie between 0 and 1, got {value!r} for {group.name!r}")
+    return value
+
+
+def _strokes(group, graph, round_to, min_units, max_ratio):
+    """(start, stop) ranges of a group's units, cheapest first, each removed at one stroke so that what stays divides."""
+    channels = max((int((graph.layers[name].filters >= 0).sum()) for name in group.layers), default=group.units)
+    width = max(1, channels // group.units)  # channels that a unit has in its widest layer
+    step = round_to // math.gcd(round_to, width)
+    keep = max(min_units, math.ceil(group.units * (1 - max_ratio) - 1e-9), 1)
+    start, stop = 0, group.units % step or step
+    while group.units - stop >= keep:
+        yield start, stop
+        start, stop = stop, stop + step
+
+
+def _flops_per_unit(graph, price, full) -> np.ndarray:
+    """FLOPs that one unit of each group costs as things stand, the dearest group's being 1."""
+    total = price(full)
+    saved = np.array([total - price(full - one) for one in np.eye(len(full), dtype=np.int64)], dtype=np.float64)
+    return saved / max(saved.max(initial=0.0), 1.0)
+
+
+def _ignored(graph, ignore) -> set[str]:
+    if isinstance(ignore, (str, nn.Module)):
+        ignore = (ignore,)
+    ignored = set()
+    for entry in ignore:
+        name = graph.modules.get(entry) if isinstance(entry, nn.Module) else entry
+        hit = {
+            g.name for g in graph.groups
+            if name is not None and (g.name == name or any(x == name or x.startswith(f"{name}.") for x in g.layers))
+        }
+        known = name is not None and any(x == name or x.startswith(f"{name}.") for x in graph.layers)
+        if not hit and not known:
+            raise PlanError(f"ignore has {entry!r}, which is neither a module of the traced model nor the name of one or of a group")
+        ignored |= hit
+    return ignored

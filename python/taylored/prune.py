@@ -1,0 +1,272 @@
+"""The loop: train while scoring, remove the least important units, go on until the budget is met, fine-tune.
+
+`prune` runs in the user's process with the user's model, loader, loss and optimizer. Every round may be written to a
+checkpoint, from which the same call resumes. arXiv:1611.06440, section 2.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from taylored.checkpoint import CheckpointError, _load, save
+from taylored.compact import compact, rehearse
+from taylored.plan import PrunePlan, make_plan
+from taylored.score import TaylorScorer
+from taylored.trace import ChannelGraph, trace
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PruneResult:
+    """plan: against the original model. graph: the original's. history: one dict per round and per final epoch."""
+
+    plan: PrunePlan
+    graph: ChannelGraph
+    history: list[dict]
+
+    def __repr__(self):
+        return f"PruneResult({self.plan!r}, accuracy={self.history[-1].get('accuracy') if self.history else None})"
+
+
+def prune(
+    model: nn.Module,
+    train_loader: Iterable,
+    loss_fn: Callable,
+    optimizer: torch.optim.Optimizer,
+    example_inputs,
+    *,
+    target_flops: float | None = None,
+    target_params: float | None = None,
+    remove_units: int | None = None,
+    rounds: int = 10,
+    round_epochs: float = 1.0,
+    final_epochs: int = 5,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    scheduler=None,
+    reduction: str = "abs",
+    normalize: str = "l2",
+    flops_weight: float = 1e-3,
+    round_to: int = 1,
+    min_units: int | dict[str, int] = 1,
+    max_ratio: float | dict[str, float] = 1.0,
+    ignore=(),
+    also=(),
+    checkpoint: str | os.PathLike | None = None,
+    resume: bool = False,
+    log: Callable[[dict], None] | None = None,
+    progress: bool = True,
+) -> PruneResult:
+    """Prune a model to a budget while it trains; the model, its optimizer and its averages shrink in place.
+
+    train_loader yields (inputs, targets); the loss is loss_fn(model(inputs), targets), a mean over the batch. Exactly one
+    of target_flops, target_params (what remains: a fraction of the original, or an absolute number) and remove_units.
+    Each of `rounds` rounds trains `round_epochs` epochs with scores in the backward pass, then removes its share;
+    `final_epochs` follow. evaluate(model) -> accuracy runs in eval mode without gradients before the first round, after
+    every round and after every final epoch. scheduler: stepped after every update (see `updates`). normalize,
+    flops_weight, round_to, min_units, max_ratio, ignore: as for `make_plan`; reduction: as for `TaylorScorer`; also: as
+    for `compact`. checkpoint: a file, written atomically after every round and final epoch; resume: start from it if it
+    is there, given the original model. log is called with each entry of the history.
+
+    Raises, before anything is trained, ValueError for unusable arguments, PlanError for a budget that cannot be met and
+    TraceError for a model that cannot run with fewer channels; FloatingPointError when the loss is not finite: that
+    step is not taken, and the last checkpoint stands.
+    """
+    device = _device(model)
+    steps = _length(train_loader)
+    if rounds < 1 or round_epochs <= 0 or final_epochs < 0:
+        raise ValueError(f"rounds must be >= 1, round_epochs > 0, final_epochs >= 0; got {rounds}, {round_epochs}, {final_epochs}")
+    if checkpoint is not None and not os.access(Path(checkpoint).absolute().parent, os.W_OK):
+        raise ValueError(f"checkpoint={str(checkpoint)!r}: its folder does not exist or cannot be written to")
+    graph = trace(model, example_inputs)
+    options = {"normalize": normalize, "flops_weight": flops_weight, "round_to": round_to}
+    options |= {"min_units": min_units, "max_ratio": max_ratio, "ignore": ignore}
+    budget = _Budget(graph, rounds, target_flops, target_params, remove_units)
+    any_scores = {g.name: torch.ones(g.units) for g in graph.groups}
+    goal = make_plan(graph, any_scores, **budget.of_round(rounds, graph), **options)
+    rehearse(model, goal)
+
+    plan, history, done = PrunePlan.of(graph, {}), [], 0
+    current = graph
+    if resume and checkpoint is not None and Path(checkpoint).exists():
+        plan, history, done = _resume(checkpoint, model, optimizer, scheduler)
+        current = graph.after(plan.removed)
+
+    def finished(event, loss, since, **more):
+        event = {"event": event, "flops": current.flops, "params": current.params, "units": current.units, "loss": loss, **more}
+        if evaluate is not None:
+            event["accuracy"] = _evaluate(model, evaluate)
+        event["seconds"] = round(time.perf_counter() - since, 3)
+        history.append(event)
+        if checkpoint is not None:
+            _save(checkpoint, model, plan, history, optimizer, scheduler)
+        if log is not None:
+            log(event)
+
+    if not history:
+        finished("start", None, time.perf_counter())
+    batches = _cycle(train_loader)
+    for step in range(max(done, 0), rounds + final_epochs):
+        since = time.perf_counter()
+        if step < rounds:
+            with TaylorScorer(model, current, reduction=reduction) as scorer:
+                updates = max(1, round(round_epochs * steps))
+                title = f"round {step + 1}/{rounds}"
+                loss = _train(model, batches, updates, loss_fn, optimizer, scheduler, device, title, progress)
+            scores = scorer.scores()
+            cut = make_plan(current, scores, **budget.of_round(step + 1, current), **options)
+            compact(model, cut, optimizer=optimizer, also=also)
+            plan, current = plan.then(cut), current.after(cut.removed)
+            told = {name: [float(f"{v:.6g}") for v in s.tolist()] for name, s in scores.items()}
+            finished("round", loss, since, round=step + 1, kept=plan.kept, scores=told)
+        else:
+            title = f"fine-tune {step - rounds + 1}/{final_epochs}"
+            loss = _train(model, batches, steps, loss_fn, optimizer, scheduler, device, title, progress)
+            finished("final_epoch", loss, since, epoch=step - rounds + 1)
+    return PruneResult(dataclasses.replace(plan, graph=graph), graph, history)
+
+
+def updates(train_loader, rounds: int, round_epochs: float, final_epochs: int) -> int:
+    """How many optimizer steps `prune` takes: what a learning-rate schedule must span."""
+    steps = _length(train_loader)
+    return rounds * max(1, round(round_epochs * steps)) + final_epochs * steps
+
+
+class _Budget:
+    """The budget of each round: equal ratios from the original down to the target."""
+
+    def __init__(self, graph, rounds, target_flops, target_params, remove_units):
+        self.rounds, self.graph = rounds, graph
+        self.given = {"target_flops": target_flops, "target_params": target_params, "remove_units": remove_units}
+        self.given = {k: v for k, v in self.given.items() if v is not None}
+
+    def of_round(self, number, current) -> dict:
+        if len(self.given) != 1:
+            return self.given  # make_plan says what is wrong
+        ((name, target),) = self.given.items()
+        if name == "remove_units":
+            gone = self.graph.units - current.units
+            return {name: target * number // self.rounds - gone if isinstance(target, int) else target}
+        total = self.graph.flops if name == "target_flops" else self.graph.params
+        fraction = target if isinstance(target, float) and target <= 1 else target / total
+        if not 0 < fraction:
+            return self.given
+        return {name: max(1, math.floor(total * min(fraction, 1.0) ** (number / self.rounds)))}
+
+
+def _train(model, batches, updates, loss_fn, optimizer, scheduler, device, title, progress) -> float:
+    """Some updates; returns the mean loss."""
+    model.train()
+    total = 0.0
+    with tqdm(total=updates, desc=title, disable=not progress, leave=False) as bar:
+        for number in range(updates):
+            inputs, targets = next(batches)
+            inputs, targets = _to(inputs, device), _to(targets, device)
+            loss = loss_fn(model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs), targets)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{title}: the loss is {value} at update {number + 1}; the round is abandoned")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+            total += value
+            bar.update()
+            bar.set_postfix(loss=f"{total / (number + 1):.4f}", refresh=False)
+    return total / updates
+
+
+@torch.no_grad()
+def _evaluate(model, evaluate) -> float:
+    flags = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        return float(evaluate(model))
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def _to(value, device):
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    return type(value)(_to(v, device) for v in value) if isinstance(value, (tuple, list)) else value
+
+
+def _device(model) -> torch.device:
+    devices = {p.device for p in model.parameters()}
+    if len(devices) != 1 or next(iter(devices)).type == "meta":
+        raise ValueError(f"model must lie on one real device, its parameters are on {sorted(map(str, devices)) or 'none'}")
+    return devices.pop()
+
+
+def _length(loader) -> int:
+    try:
+        length = len(loader)
+    except TypeError as error:
+        raise ValueError("train_loader must have a length: prune counts epochs") from error
+    if length == 0:
+        raise ValueError("train_loader is empty: there is nothing to score on")
+    return length
+
+
+def _cycle(loader):
+    while True:
+        yielded = False
+        for batch in loader:
+            yielded = True
+            yield batch
+        if not yielded:
+            raise ValueError("train_loader yields nothing: there is nothing to score on")
+
+
+def _save(path, model, plan, history, optimizer, scheduler):
+    state = optimizer.state_dict()
+    tensors = {"rng": torch.get_rng_state()}
+    plain: dict[str, dict] = {}
+    for index, entry in state["state"].items():
+        for key, value in entry.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer/{index}/{key}"] = value
+            elif _is_json(value):
+                plain.setdefault(str(index), {})[key] = value
+    groups = [{k: v for k, v in group.items() if _is_json(v)} for group in state["param_groups"]]
+    schedule = {k: v for k, v in scheduler.state_dict().items() if _is_json(v)} if scheduler is not None else None
+    extra = {"history": history, "optimizer": {"state": plain, "param_groups": groups}, "scheduler": schedule}
+    save(path, model, plan, extra=extra, tensors=tensors)
+
+
+def _is_json(value) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _resume(path, model, optimizer, scheduler):
+    plan, extra, tensors = _load(path, model)
+    if "history" not in extra:
+        raise CheckpointError(f"{path} is a finished model, not a checkpoint of prune: there is nothing to resume")
+    state: dict[int, dict] = {int(i): dict(entry) for i, entry in extra["optimizer"]["state"].items()}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer/"):
+            _, index, key = name.split("/", 2)
+            state.setdefault(int(index), {})[key] = tensor
+    groups = [
+        {**new, **{k: tuple(v) if isinstance(new.get(k), tuple) else v for k, v in old.items()}}
+        for new, old in zip(optimizer.state_dict()["param_groups"], extra["optimizer"]["param_groups"], strict=True)
+    ]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    if scheduler is not None and extra["scheduler"] is not None:
+        scheduler.load_state_dict({**scheduler.state_dict(), **extra["scheduler"]})
+    torch.set_rng_state(tensors["rng"])
+    history = extra["history"]
+    return plan, history, sum(event["event"] in ("round", "final_epoch") for event in history)

@@ -1,0 +1,154 @@
+"""Score every unit while the model trains: activation times gradient, fused into the backward pass.
+
+`TaylorScorer` puts a gate on the input of every consumer: an identity whose backward hands (input, gradient) to the
+fused kernel. When a backward pass ends, the contributions of a unit's consumers are added up per example, reduced, and
+accumulated. arXiv:1611.06440, equations 6 and 7.
+"""
+
+import itertools
+
+import torch
+from torch import nn
+
+from taylored import ops
+from taylored.trace import ChannelGraph
+
+REDUCTIONS = ("abs", "batch", "square")
+
+
+class TaylorScorer:
+    """Context manager: backward passes within it are scored; afterwards the model is as it was.
+
+    reduction: "abs", the paper's mean over examples of |t|; "batch", |sum over the batch| (the walk-through's);
+    "square", mean over examples of t^2 (Molchanov et al. 2019). t is the first-order change of one example's loss, over
+    the number of positions of the unit's map. loss_reduction: "mean" if the loss is averaged over the batch, else "sum".
+
+    Scores are proportional to the loss that backward is called on: a GradScaler's constant factor cancels in the
+    normalisation of `make_plan`. Works with weights that are frozen, and through several backward passes per step.
+    """
+
+    def __init__(self, model: nn.Module, graph: ChannelGraph, *, reduction: str = "abs", loss_reduction: str = "mean"):
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+        if loss_reduction not in ("mean", "sum"):
+            raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
+        self.model = getattr(model, "_orig_mod", model)
+        self.graph = graph
+        self.reduction = reduction
+        self.loss_reduction = loss_reduction
+        self._handles: list = []
+        self.reset()
+        for name in self._consumers():
+            layer, module = graph.layers[name], _submodule(self.model, name)
+            channels = module.weight.shape[0 if getattr(module, "transposed", False) else 1]
+            if channels != len(layer.inputs):
+                raise ValueError(f"graph does not fit model: {name!r} takes {channels} channels, the graph says {len(layer.inputs)}")
+
+    def _consumers(self) -> list[str]:
+        return list(dict.fromkeys(name for g in self.graph.groups for name in g.inputs))
+
+    def reset(self) -> None:
+        """Forget all scores."""
+        self._totals: dict[str, torch.Tensor] = {}
+        self._examples: dict[str, int] = {}
+        self._arrived: dict[str, list[torch.Tensor]] = {}
+
+    def __enter__(self):
+        if self._handles:
+            raise RuntimeError("this TaylorScorer is already active")
+        anchors: dict[torch.device, torch.Tensor] = {}
+        for name in self._consumers():
+            module = self.model.get_submodule(name)
+            device = module.weight.device
+            anchor = anchors.setdefault(device, torch.zeros((), device=device, requires_grad=True))
+            self._handles.append(module.register_forward_pre_hook(self._gate(name, self.graph.layers[name].axis, anchor)))
+        return self
+
+    def __exit__(self, *exception):
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._arrived.clear()
+
+    def _gate(self, name, axis, anchor):
+        def record(x, g):
+            if not self._arrived:
+                torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+            t = ops.contribution(x.movedim(axis, 1), g.movedim(axis, 1))  # [N, C]
+            self._arrived.setdefault(name, []).append(t)
+
+        def hook(_module, args):
+            if not torch.is_grad_enabled():
+                return None
+            return (_Gate.apply(args[0], anchor, record), *args[1:])
+
+        return hook
+
+    def _finish(self):
+        """A backward pass has ended: add up each unit's consumers, example by example."""
+        arrived, self._arrived = self._arrived, {}
+        for group in self.graph.groups:
+            passes: dict[int, list[torch.Tensor]] = {}
+            for name, slots in group.inputs.items():
+                tensors = arrived.get(name, [])
+                calls = self.graph.layers[name].calls
+                calls = calls if len(tensors) % calls == 0 else len(tensors)
+                for i, t in enumerate(tensors):
+                    passes.setdefault(i // calls, []).append(_units(t, slots))  # [N, units]
+            for tensors in passes.values():
+                self._accumulate(group, tensors)
+
+    def _accumulate(self, group, tensors):
+        examples = min(len(t) for t in tensors)
+        # A consumer may see each example several times (frames folded into the batch): they belong together.
+        tensors = [t if len(t) == examples else t.reshape(examples, -1, t.shape[1]).sum(1) for t in tensors]
+        total = self._totals.get(group.name)
+        if total is None:
+            total = self._totals[group.name] = torch.zeros(group.units, dtype=torch.float64, device=tensors[0].device)
+        scale = (examples if self.loss_reduction == "mean" else 1) / group.positions
+        ops.accumulate_(total, tensors, self.reduction, scale)
+        self._examples[group.name] = self._examples.get(group.name, 0) + examples
+
+    def scores(self) -> dict[str, torch.Tensor]:
+        """Group name -> float64 [units], on the CPU, averaged over all examples seen. Low means removable.
+
+        Groups that no gradient reached (a head that only training mode runs) are left out. Raises RuntimeError if no
+        backward pass was seen at all, FloatingPointError if a score is NaN or infinite."""
+        if not self._totals:
+            raise RuntimeError("no backward pass was scored: call loss.backward() within `with TaylorScorer(...)`")
+        scores = {g.name: self._totals[g.name].cpu() / self._examples[g.name] for g in self.graph.groups if g.name in self._totals}
+        for name, s in scores.items():
+            if not s.isfinite().all():
+                raise FloatingPointError(f"the scores of {name!r} are not finite: the loss or its gradient was NaN or infinite")
+        return scores
+
+
+class _Gate(torch.autograd.Function):
+    """Identity; its backward records (input, gradient). The anchor requires a gradient, so that frozen layers score too."""
+
+    @staticmethod
+    def forward(ctx, x, anchor, record):
+        ctx.save_for_backward(x)
+        ctx.record = record
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        ctx.record(x, g)
+        return g, None, None
+
+
+def _units(t: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """[N, C] contributions of channels -> [N, units] of units."""
+    units, width = slots.shape
+    if t.shape[1] == slots.numel() and bool((slots.flatten() == torch.arange(slots.numel())).all()):
+        return t if width == 1 else t.reshape(len(t), units, width).sum(2)
+    return t[:, slots.to(t.device)].sum(2)
+
+
+def _submodule(model, name):
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(f"graph does not fit model: it has no module {name!r}") from error

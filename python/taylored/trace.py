@@ -1,0 +1,1017 @@
+"""Find out which channels of a model live and die together.
+
+`trace` runs the model once on the meta device (shapes, no data) and lets integer labels ride along with the
+tensors: every dimension of every parameter and buffer gets fresh labels, data movement moves them with the very
+same ATen operator, arithmetic unites the labels that meet. What is connected in the end is one unit. Comes in: a
+module and example inputs. Goes out: a `ChannelGraph`.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import sys
+import warnings
+import weakref
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONSUMERS = (*CONVOLUTIONS, nn.Linear)
+FIXED = -1  # the label of a slot that no unit owns
+
+
+class TraceError(RuntimeError):
+    """The model could not be traced, or does not run with fewer channels. Names the line of the model at fault."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """Interchangeable units: the same layers in the same roles.
+
+    layers: modules whose output channels (filters) the units consist of; consumers: modules that contract over
+    them. slots maps (tensor name, dimension) to an int64 tensor [units, m]: the m indices of that dimension that
+    each unit owns. inputs maps a consumer's name to such a tensor over the channels of its input.
+    positions: elements of one unit, per example, at the consumer with the largest map (the paper's M).
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    slots: dict[tuple[str, int], torch.Tensor]
+    inputs: dict[str, torch.Tensor]
+    positions: int
+
+    @property
+    def units(self) -> int:
+        return len(next(iter(self.slots.values())))
+
+    @property
+    def consumers(self) -> tuple[str, ...]:
+        return tuple(self.inputs)
+
+    def __len__(self):
+        return self.units
+
+    def __repr__(self):
+        return f"Group({self.name!r}, units={self.units}, layers={list(self.layers)}, consumers={list(self.inputs)})"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cost:
+    """`coefficient` times the product of the sizes of some dimensions: the FLOPs of an op, the size of a tensor.
+
+    A dimension is an array with the component of each of its indices, FIXED where nothing can be removed."""
+
+    coefficient: int
+    dimensions: tuple[np.ndarray, ...]
+
+    @property
+    def value(self) -> int:
+        return self.coefficient * math.prod(len(d) for d in self.dimensions)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layer:
+    """A convolution or linear layer. filters: the component of each output channel; inputs: the same of its input's
+    channels, None where it does not contract over units (depthwise and grouped convolutions, the model's input).
+
+    axis: the channel dimension of its input; positions: input elements per example and channel; calls: how often one
+    forward pass runs it."""
+
+    name: str
+    filters: np.ndarray
+    inputs: np.ndarray | None
+    is_convolution: bool
+    is_grouped: bool
+    axis: int
+    positions: int
+    calls: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChannelGraph:
+    """What `trace` found: the groups of removable units, and what every channel costs.
+
+    layers: every convolution and linear layer, by name. shapes: every parameter's and buffer's shape. components: for
+    every (tensor, dimension) the component of each index; frozen: component -> why it cannot be removed. flops are those
+    of the example inputs in eval mode, two per multiply-add, as torch.utils.flop_counter counts them.
+    """
+
+    model: str
+    groups: tuple[Group, ...]
+    layers: dict[str, Layer]
+    shapes: dict[str, tuple[int, ...]]
+    parameters: tuple[str, ...]
+    components: dict[tuple[str, int], np.ndarray]
+    frozen: dict[int, str]
+    flop_costs: tuple[Cost, ...]
+    passes: tuple["Pass", ...]
+    modules: weakref.WeakKeyDictionary  # module -> name
+
+    def __getstate__(self):
+        return {**self.__dict__, "modules": weakref.WeakKeyDictionary()}
+
+    def __deepcopy__(self, memo):
+        return self  # a value: nothing in it changes
+
+    def group(self, name: str) -> Group:
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise KeyError(f"no group {name!r}; the groups are {[g.name for g in self.groups]}")
+
+    @property
+    def param_costs(self) -> tuple[Cost, ...]:
+        """One for every parameter."""
+        costs = []
+        for name in self.parameters:
+            dims = [self.components.get((name, d)) for d in range(len(self.shapes[name]))]
+            fixed = math.prod(s for s, d in zip(self.shapes[name], dims, strict=True) if d is None)
+            costs.append(Cost(fixed, tuple(d for d in dims if d is not None)))
+        return tuple(costs)
+
+    @property
+    def units(self) -> int:
+        return sum(g.units for g in self.groups)
+
+    @property
+    def flops(self) -> int:
+        return sum(c.value for c in self.flop_costs)
+
+    @property
+    def params(self) -> int:
+        return sum(math.prod(self.shapes[name]) for name in self.parameters)
+
+    @property
+    def filters(self) -> int:
+        """Output channels of all convolutions."""
+        return sum(len(layer.filters) for layer in self.layers.values() if layer.is_convolution)
+
+    @property
+    def prunable_filters(self) -> int:
+        """Those of them that belong to a unit."""
+        return sum(self._prunable(layer) for layer in self.layers.values() if layer.is_convolution)
+
+    def _prunable(self, layer: Layer) -> int:
+        return sum(self._removable(c) for c in layer.filters)
+
+    def _removable(self, component) -> bool:
+        return component != FIXED and int(component) not in self.frozen
+
+    def explain(self, layer: str | None = None) -> str:
+        """A table: every layer's filters, how many of them can go, in which group, and why the others cannot.
+
+        layer: the name of one convolution or linear layer, to see that one alone."""
+        if layer is not None and layer not in self.layers:
+            raise KeyError(f"layer={layer!r} is no convolution or linear layer of the traced model: {list(self.layers)}")
+        rows = []
+        for entry in self.layers.values():
+            if layer in (None, entry.name):
+                groups = ", ".join(g.name for g in self.groups if entry.name in g.layers)
+                without = "its only filter" if len(entry.filters) == 1 else "its weight is computed in a way that has no rule"
+                reasons = dict.fromkeys(self.frozen.get(int(c), without) for c in entry.filters if not self._removable(c))
+                prunable = self._prunable(entry)
+                why = "; ".join(reasons) if prunable < len(entry.filters) else ""
+                rows.append((entry.name, len(entry.filters), prunable, groups or "-", why))
+        width, group_width = (max((len(r[i]) for r in rows), default=5) for i in (0, 3))
+        lines = [f"{'layer':{width}}  filters  prunable  {'group':{group_width}}  why not"]
+        lines += [f"{n:{width}}  {f:7}  {p:8}  {g:{group_width}}  {w}".rstrip() for n, f, p, g, w in rows]
+        return "\n".join([repr(self), *lines])
+
+    def after(self, removed: dict[str, torch.Tensor]) -> "ChannelGraph":
+        """The graph of the model once the given units (group name -> unit indices) are gone."""
+        gone = np.zeros(1 + max((int(c.max(initial=0)) for c in self.components.values()), default=0), dtype=bool)
+        keeps = {g.name: _complement(removed.get(g.name, ()), g.units) for g in self.groups}
+        for g in self.groups:
+            (name, d), slots = next(iter(g.slots.items()))
+            gone[self.components[name, d][slots[_complement(keeps[g.name], g.units)].flatten().numpy()]] = True
+
+        def left(dimension):
+            return None if dimension is None else dimension[(dimension == FIXED) | ~gone[dimension]]
+
+        def renumber(slots, dimension, keep):
+            position = np.cumsum((dimension == FIXED) | ~gone[dimension]) - 1
+            return torch.from_numpy(position[slots[keep].numpy()])
+
+        shared = {id(d): left(d) for cost in self.flop_costs for d in cost.dimensions}
+        components = {key: left(d) for key, d in self.components.items()}
+        return dataclasses.replace(
+            self,
+            groups=tuple(
+                dataclasses.replace(
+                    g,
+                    slots={key: renumber(s, self.components[key], keeps[g.name]) for key, s in g.slots.items()},
+                    inputs={name: renumber(s, self.layers[name].inputs, keeps[g.name]) for name, s in g.inputs.items()},
+                )
+                for g in self.groups
+            ),
+            layers={
+                name: dataclasses.replace(layer, filters=left(layer.filters), inputs=left(layer.inputs))
+                for name, layer in self.layers.items()
+            },
+            shapes={
+                name: tuple(len(components[name, d]) if (name, d) in components else s for d, s in enumerate(shape))
+                for name, shape in self.shapes.items()
+            },
+            components=components,
+            flop_costs=tuple(Cost(c.coefficient, tuple(shared[id(d)] for d in c.dimensions)) for c in self.flop_costs),
+        )
+
+    def __repr__(self):
+        return (
+            f"ChannelGraph({self.model}: {self.prunable_filters} of {self.filters} filters prunable, {self.units} units in "
+            f"{len(self.groups)} groups, {self.flops / 1e9:.3f} GFLOPs, {self.params / 1e6:.2f} M parameters)"
+        )
+
+
+def _complement(indices, size: int) -> torch.Tensor:
+    mask = torch.ones(size, dtype=torch.bool)
+    mask[torch.as_tensor(indices, dtype=torch.int64)] = False
+    return mask.nonzero().flatten()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pass:
+    """One forward pass that was traced: its mode, its inputs (meta tensors) and the shapes of its outputs."""
+
+    training: bool
+    args: tuple
+    kwargs: dict
+    outputs: list
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Labels
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def varying(label: torch.Tensor) -> tuple[int, ...]:
+    """The dimensions along which a label tensor is not broadcast."""
+    return tuple(i for i, size in enumerate(label.shape) if size > 1)
+
+
+def compress(label: torch.Tensor) -> torch.Tensor:
+    """Narrow every dimension along which the labels do not change to size 1."""
+    for i, (size, stride) in enumerate(zip(label.shape, label.stride(), strict=True)):
+        if size > 1 and (stride == 0 or bool((label == label.narrow(i, 0, 1)).all())):
+            label = label.narrow(i, 0, 1)
+    return label
+
+
+class LabelMode(TorchDispatchMode):
+    """Carries labels along with every tensor that passes the dispatcher.
+
+    A tensor's labels are a tuple of int64 tensors, each broadcastable to its shape, no two of which vary along the
+    same dimension. Subclasses say what `unite` and `freeze` do: a trace notes them, a rehearsal checks them."""
+
+    def __init__(self, module_names: dict[int, str]):
+        super().__init__()
+        self.module_names = module_names
+        self.stack: list[tuple[nn.Module, tuple]] = []
+        self.labels: dict[int, tuple[torch.Tensor, ...]] = {}
+        self.alive: list[torch.Tensor] = []  # an id must not be reused while its labels are kept
+        self.uniform: set[int] = set()  # tensors with the same value, or fresh noise, in every channel
+        self.meta: dict[int, torch.Tensor] = {}
+        self.grouped: set[str] = set()  # grouped convolutions; they stay so when a plan leaves them one group
+        self.owned: set[int] = set()  # the model's own tensors, and those of them that an op has used
+        self.seen: set[int] = set()
+
+    def unite(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        raise NotImplementedError
+
+    def freeze(self, label: torch.Tensor, reason: str) -> None:
+        raise NotImplementedError
+
+    def applied(self, filters, count, contracted) -> None:
+        """A convolution or matrix product makes `count` channels labelled `filters` ([count] or None) and contracts
+        over the labels `contracted` ([C] or None: it does not mix units)."""
+
+    def counted(self, flops: int, dimensions: list[torch.Tensor]) -> None:
+        """An op costs `flops`, in proportion to the number of labels in each dimension."""
+
+    # -- bookkeeping ---------------------------------------------------------------------------------------------
+
+    def get(self, tensor) -> tuple[torch.Tensor, ...]:
+        return self.labels.get(id(tensor), ())
+
+    def set(self, tensor, labels) -> None:
+        self.labels[id(tensor)] = tuple(labels)
+        self.alive.append(tensor)
+
+    def where(self) -> str:
+        return self.module_names.get(id(self.stack[-1][0]), type(self.stack[-1][0]).__name__) if self.stack else "forward"
+
+    def enter_module(self, module, args):
+        self.stack.append((module, args))
+
+    def leave_module(self, module, args, output):
+        self.stack.pop()
+
+    def to_meta(self, value):
+        if isinstance(value, torch.Tensor):
+            if id(value) in self.owned:
+                self.seen.add(id(value))
+            if value.is_meta or self.keep_real:
+                return value
+            if id(value) not in self.meta:
+                self.meta[id(value)] = torch.empty_like(value, device="meta")
+                self.alive.append(value)
+            return self.meta[id(value)]
+        if isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
+            return type(value)(self.to_meta(v) for v in value)
+        return value
+
+    keep_real = False
+
+    def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        args = tuple(self.to_meta(a) for a in args)
+        kwargs = {k: self.to_meta(v) for k, v in kwargs.items()}
+        if not self.keep_real and "device" in kwargs and kwargs["device"] is not None:
+            kwargs["device"] = torch.device("meta")
+        out = func(*args, **kwargs)
+        packet = func.overloadpacket
+        rule = RULES.get(packet)
+        if rule is None and torch.Tag.pointwise in func.tags:
+            rule = pointwise
+        dimensions = None
+        if rule is not None:
+            dimensions = rule(self, func, args, kwargs, out)
+        else:
+            for tensor in tensors_of(args, kwargs):
+                self.freeze_all(tensor, f"{packet} in {self.where()!r} has no rule")
+        if packet in flop_registry:
+            self.counted(flop_registry[packet](*args, **kwargs, out_val=out), [d for d in dimensions or () if d is not None])
+        return out
+
+    # -- what rules are made of ------------------------------------------------------------------------------------
+
+    def freeze_all(self, tensor, reason, dims=None) -> tuple[torch.Tensor, ...]:
+        """Freeze the labels of a tensor that vary along one of dims (None: any); return the others."""
+        kept = []
+        for label in self.get(tensor):
+            if dims is None or any(d in dims for d in varying(label)):
+                self.freeze(label, reason)
+            else:
+                kept.append(label)
+        return tuple(kept)
+
+    def meet(self, operands, shape) -> tuple[torch.Tensor, ...]:
+        """Unite the labels of tensors that are broadcast together to `shape`; returns the result's labels."""
+        labelled = [(t, [_pad(x, len(shape)) for x in self.get(t)]) for t in operands if t.numel() > 1]
+        if not any(labels for _, labels in labelled):
+            return ()
+        if len(labelled) == 1:
+            return tuple(labelled[0][1])
+        result: list[torch.Tensor] = []
+        for axis, size in enumerate(shape):
+            if size == 1:
+                continue
+            there = [(t, labels) for t, labels in labelled if _size(t, axis, len(shape)) > 1 and id(t) not in self.uniform]
+            found = [[x for x in labels if x.shape[axis] > 1] for _, labels in there]
+            if not any(found):
+                continue
+            if not all(found):
+                for labels in found:
+                    for label in labels:
+                        self.freeze(label, f"meets a constant of {size} values in {self.where()!r}")
+                continue
+            first = found[0][0]
+            for other in itertools.chain.from_iterable(found):
+                if other is not first:
+                    self.unite(*torch.broadcast_tensors(first, other))
+            if not any(first is x for x in result):
+                result.append(first)
+        return tuple(result)
+
+    def channels(self, x, axis) -> torch.Tensor | None:
+        """One label per index of x's dimension `axis`, [C]; labels that differ elsewhere in a slot are united."""
+        axis %= x.ndim
+        found = None
+        for label in self.get(x):
+            if axis not in varying(label):
+                continue
+            moved = label.movedim(axis, 0).reshape(label.shape[axis], -1)  # [C, rest]
+            if moved.shape[1] > 1:
+                self.unite(moved[:, :1].expand_as(moved), moved)
+            found = moved[:, 0]
+        return found
+
+    def bind(self, a: torch.Tensor | None, b: torch.Tensor | None, reason: str) -> None:
+        """Two dimensions must keep the same indices. Where only one has labels it cannot change."""
+        if a is not None and b is not None:
+            if a is not b:
+                self.unite(a, b)
+        elif a is not None or b is not None:
+            self.freeze(a if a is not None else b, reason)
+
+
+def tensors_of(args, kwargs):
+    for value in itertools.chain(args, kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (v for v in value if isinstance(v, torch.Tensor))
+
+
+def _pad(label, ndim):
+    return label if label.ndim == ndim else label.reshape((1,) * (ndim - label.ndim) + tuple(label.shape))
+
+
+def _size(tensor, axis, ndim):
+    axis -= ndim - tensor.ndim
+    return tensor.shape[axis] if axis >= 0 else 1
+
+
+def _slot(label: torch.Tensor | None, ndim: int, axis: int):
+    """Labels [C] of one dimension of an `ndim`-dimensional tensor, ready to broadcast."""
+    if label is None or label.numel() == 1:
+        return ()
+    return (label.reshape([-1 if i == axis % ndim else 1 for i in range(ndim)]),)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rules: what an ATen operator does to labels. rule(mode, func, args, kwargs, out) sets the labels of out; those of
+# convolutions and matrix products return the labels that their FLOPs are proportional to.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def pointwise(mode, func, args, kwargs, out):
+    """Element by element: what meets is united."""
+    out = out[0] if isinstance(out, (tuple, list)) else out
+    operands = list(tensors_of(args, kwargs))
+    before = mode.get(out)
+    if not before and out is args[0] and id(out) not in mode.uniform and out.numel() > 1:
+        # Written in place over something without labels that others may see through a view.
+        for t in operands[1:]:
+            mode.freeze_all(t, f"written into a buffer in {mode.where()!r}")
+        return
+    labels = mode.meet(operands, out.shape)
+    if labels:
+        mode.uniform.discard(id(out))
+        mode.set(out, before or labels)
+
+
+def same(mode, func, args, kwargs, out):
+    """The output has its input's shape and meaning, slot for slot (copies, dropout, *_like)."""
+    for tensor in out if isinstance(out, (tuple, list)) else (out,):
+        if tensor.shape == args[0].shape:
+            mode.set(tensor, mode.get(args[0]))
+            if id(args[0]) in mode.uniform:
+                mode.uniform.add(id(tensor))
+
+
+def uniform(mode, func, args, kwargs, out):
+    """Fresh constants and noise have no channels of their own; a hard-coded size shows in the rehearsal."""
+    mode.uniform.add(id(out))
+    mode.alive.append(out)
+
+
+def noise(mode, func, args, kwargs, out):
+    """Random values in place: no channel differs from another."""
+    if not mode.get(out):
+        uniform(mode, func, args, kwargs, out)
+
+
+def metadata(mode, func, args, kwargs, out):
+    """Nothing to carry."""
+
+
+def movement(mode, func, args, kwargs, out):
+    """Every element goes to a new place: the same op on the labels says where.
+
+    A dimension cut in two keeps its meaning with fewer channels if every piece loses the same positions."""
+    x = args[0]
+    mode.uniform.discard(id(x))
+    move = aten.reshape if func.overloadpacket in (aten.view, aten._unsafe_view) else func
+    labels = []
+    for label in mode.get(x):
+        moved = compress(move(label.expand(x.shape), *args[1:], **kwargs))
+        axes = varying(moved)
+        if len(axes) > len(varying(label)):
+            flat = moved.movedim(axes[-1], -1).reshape(-1, moved.shape[axes[-1]])
+            mode.unite(flat[:1].expand_as(flat), flat)
+        labels.append(moved)
+    mode.set(out, labels)
+
+
+def part(mode, func, args, kwargs, out):
+    """slice, select, narrow, gather...: exact only while it leaves the labelled dimensions whole."""
+    x = args[0]
+    mode.uniform.discard(id(x))
+    dim = (args[1] if len(args) > 1 else 0) % x.ndim
+    if func.overloadpacket is aten.slice and out.shape == x.shape:
+        mode.set(out, mode.get(x))
+        return
+    labels = mode.freeze_all(x, f"{func.overloadpacket} in {mode.where()!r} takes part of the channels", dims=(dim,))
+    mode.set(out, [compress(func(label.expand(x.shape), *args[1:], **kwargs)) for label in labels])
+
+
+def split(mode, func, args, kwargs, out):
+    """Pieces of equal size must lose equal positions, so these are united; unequal pieces cannot change."""
+    x = args[0]
+    mode.uniform.discard(id(x))
+    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % x.ndim
+    if func.overloadpacket is aten.unbind or len({p.shape[dim] for p in out}) > 1:
+        for piece in out:
+            mode.set(piece, ())
+        mode.freeze_all(x, f"{func.overloadpacket} in {mode.where()!r} cuts the channels into unequal pieces", dims=(dim,))
+        return
+    for label in mode.get(x):
+        pieces = [compress(p) for p in func(label.expand(x.shape), *args[1:], **kwargs)]
+        for tensor, piece in zip(out, pieces, strict=True):
+            if piece is not pieces[0] and dim in varying(label):
+                mode.unite(pieces[0], piece)
+            mode.set(tensor, (*mode.get(tensor), piece))
+
+
+def cat(mode, func, args, kwargs, out):
+    """Along the joined dimension labels follow one another; along the others they meet."""
+    tensors = [t for t in args[0] if t.ndim == out.ndim]
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
+    joined, others = [], []
+    for t in tensors:
+        mode.uniform.discard(id(t))
+        mine = [x for x in mode.get(t) if t.shape[dim] > 1 and x.shape[dim] > 1]
+        others.append([x for x in mode.get(t) if x not in mine] if not mine else [x for x in mode.get(t) if x is not mine[0]])
+        joined.append(mine[0] if mine else torch.full([t.shape[dim] if i == dim else 1 for i in range(out.ndim)], FIXED))
+    labels = []
+    if any(int(j.max()) != FIXED for j in joined):
+        rest = torch.broadcast_shapes(*[tuple(1 if i == dim else s for i, s in enumerate(j.shape)) for j in joined])
+        parts = [j.expand([j.shape[dim] if i == dim else s for i, s in enumerate(rest)]) for j in joined]
+        labels.append(torch.cat(parts, dim))
+    for axis in range(out.ndim):
+        if axis != dim and out.shape[axis] > 1:
+            found = [next((x for x in mine if x.shape[axis] > 1), None) for mine in others]
+            if any(x is not None for x in found):
+                for x in found:
+                    mode.bind(found[0], x, f"joined with a constant in {mode.where()!r}")
+                if all(x is not None for x in found):
+                    labels.append(found[0])
+    mode.set(out, labels)
+
+
+def stack(mode, func, args, kwargs, out):
+    """A new dimension without labels; along the others they meet."""
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
+    mode.set(out, [x.unsqueeze(dim) for x in mode.meet(args[0], args[0][0].shape)])
+
+
+def pad(mode, func, args, kwargs, out):
+    """Padding in space leaves channels alone; padding of channels makes slots that no unit owns."""
+    x = args[0]
+    pads = list(args[1])
+    padded = {x.ndim - 1 - i // 2 for i, p in enumerate(pads) if p}
+    labels = []
+    for label in mode.get(x):
+        touched = padded & set(varying(label))
+        if not touched:
+            labels.append(label)
+        elif func.overloadpacket is aten.constant_pad_nd and all(p >= 0 for p in pads):
+            labels.append(compress(aten.constant_pad_nd(label.expand(x.shape), pads, FIXED)))
+        else:
+            mode.freeze(label, f"{func.overloadpacket} in {mode.where()!r} pads the channels")
+    mode.set(out, labels)
+
+
+def per_channel(mode, func, args, kwargs, out):
+    """Pooling and interpolation work in space, channel by channel (dimension 1)."""
+    for tensor in out if isinstance(out, (tuple, list)) else (out,):
+        mode.set(tensor, _slot(mode.channels(args[0], 1), tensor.ndim, 1))
+
+
+def reduction(mode, func, args, kwargs, out):
+    """A statistic over channels changes with them, so these stay; one over positions keeps the labels."""
+    x = args[0]
+    dims = args[1] if len(args) > 1 and isinstance(args[1], (int, list, tuple)) else kwargs.get("dim")
+    dims = range(x.ndim) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+    dims = sorted({d % x.ndim for d in dims}, reverse=True)
+    labels = mode.freeze_all(x, f"{func.overloadpacket} in {mode.where()!r} reduces over the channels", dims=dims)
+    for tensor in out if isinstance(out, (tuple, list)) else (out,):
+        kept = labels
+        if tensor.ndim != x.ndim:
+            for d in dims:
+                kept = [label.squeeze(d) for label in kept]
+        mode.set(tensor, kept)
+
+
+def softmax(mode, func, args, kwargs, out):
+    """Mixes all values along its dimension."""
+    dim = args[1] % args[0].ndim
+    mode.set(out, mode.freeze_all(args[0], f"softmax over the channels in {mode.where()!r}", dims=(dim,)))
+
+
+def batch_norm(mode, func, args, kwargs, out):
+    """One scale, shift, mean and variance per channel."""
+    x = args[0]
+    label = mode.channels(x, 1)
+    for t in args[1:5]:
+        if isinstance(t, torch.Tensor) and t.numel() > 1:
+            mode.bind(label, mode.channels(t, 0), f"batch norm {mode.where()!r} of something without labels")
+            if label is None:
+                label = mode.channels(t, 0)
+    mode.set(out[0], _slot(label, x.ndim, 1))
+
+
+def group_norm(mode, func, args, kwargs, out):
+    """Statistics over a block of channels: the block is one unit."""
+    x, groups = args[0], args[6]
+    label = mode.channels(x, 1)
+    for t in args[1:3]:
+        if isinstance(t, torch.Tensor):
+            mode.bind(label, mode.channels(t, 0), f"group norm {mode.where()!r} of something without labels")
+    if label is not None:
+        if groups == 1:
+            mode.freeze(label, f"group norm {mode.where()!r} takes statistics over all channels")
+        blocks = label.reshape(groups, -1)
+        mode.unite(blocks[:, :1].expand_as(blocks), blocks)
+    mode.set(out[0], _slot(label, x.ndim, 1))
+
+
+def layer_norm(mode, func, args, kwargs, out):
+    """Statistics over all channels: none of them can go without changing the others."""
+    x, normalized = args[0], len(args[1])
+    dims = range(x.ndim - normalized, x.ndim)
+    reason = f"layer norm {mode.where()!r} takes statistics over the channels"
+    labels = mode.freeze_all(x, reason, dims=dims)
+    for t in args[2:4]:
+        if isinstance(t, torch.Tensor):
+            mode.freeze_all(t, reason)
+    mode.set(out[0], labels)
+
+
+def convolution(mode, func, args, kwargs, out):
+    """Binds the input's channels to the weight's, emits the weight's filters. A group of channels is one unit."""
+    x, weight, bias, transposed, groups = args[0], args[1], args[2], args[6], args[8]
+    x_label = mode.channels(x, 1)
+    filters, inputs = mode.channels(weight, int(transposed)), mode.channels(weight, int(not transposed))
+    for label in mode.get(x):
+        if 1 not in varying(label):
+            mode.freeze(label, f"a convolution in {mode.where()!r} mixes positions that have labels")
+    if groups > 1:
+        mode.grouped.add(mode.where())
+    if mode.where() not in mode.grouped:
+        mode.bind(x_label, inputs, "the model's input, or a value without labels")
+        contracted = x_label
+    else:
+        # A transposed convolution's weight is [in, out/groups, ...], any other's is [out, in/groups, ...].
+        whole, shared, contracted = (inputs, filters, None) if transposed else (filters, inputs, None)
+        if shared is not None:
+            mode.freeze(shared, "the channels within one group of a grouped convolution")
+        if whole is None or x_label is None:
+            mode.bind(x_label, whole, "the model's input, or a value without labels")
+        else:
+            blocks, incoming = whole.reshape(groups, -1), x_label.reshape(groups, -1)
+            mode.unite(blocks[:, :1].expand_as(blocks), blocks)
+            mode.unite(blocks[:, :1].expand_as(incoming), incoming)
+            filters = blocks[:, :1].expand(groups, out.shape[1] // groups).reshape(-1) if transposed else whole
+    if isinstance(bias, torch.Tensor):
+        mode.bind(filters, mode.channels(bias, 0), f"bias of {mode.where()!r}")
+    mode.applied(filters, out.shape[1], contracted)
+    mode.set(out, _slot(filters, out.ndim, 1))
+    return [mode.channels(weight, 0), mode.channels(weight, 1)]
+
+
+def matmul(mode, func, args, kwargs, out):
+    """mm, addmm, bmm, baddbmm: contracts x's last dimension with w's second to last."""
+    added = args[0] if func.overloadpacket in (aten.addmm, aten.baddbmm) else None
+    x, w = args[1:3] if added is not None else args[:2]
+    x_label, inputs, rows, filters = (mode.channels(*t) for t in ((x, -1), (w, -2), (x, -2), (w, -1)))
+    mode.bind(x_label, inputs, "the model's input, or a value without labels")
+    if x.ndim == 3:
+        for t in (x, w):
+            mode.freeze_all(t, f"{func.overloadpacket} in {mode.where()!r} is batched over labels", dims=(0,))
+    mode.applied(filters, w.shape[-1], x_label)
+    mode.set(out, (*_slot(rows, out.ndim, -2), *_slot(filters, out.ndim, -1)))
+    if added is not None:
+        mode.set(out, mode.meet([added, out], out.shape))
+    return [rows, x_label if x_label is not None else inputs, filters]
+
+
+def _rules(function, *names):
+    packets = (getattr(aten, name, None) for name in names)
+    return {packet: function for packet in packets if packet is not None}
+
+
+RULES = {
+    **_rules(pointwise, "hardswish_", "hardswish", "copy_", "prelu", "_prelu_kernel", "rrelu_with_noise", "glu_jvp", "where"),
+    **_rules(same, "clone", "detach", "alias", "lift_fresh", "_to_copy", "contiguous", "native_dropout", "empty_like"),
+    **_rules(same, "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "dropout"),
+    **_rules(uniform, "empty", "zeros", "ones", "full", "rand", "randn", "new_empty", "new_zeros", "new_ones", "new_full"),
+    **_rules(noise, "bernoulli_", "uniform_", "normal_"),
+    **_rules(metadata, "is_same_size", "_assert_async", "_has_compatible_shallow_copy_type", "sym_size", "size"),
+    **_rules(movement, "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "expand", "squeeze", "unsqueeze"),
+    **_rules(movement, "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "repeat", "flip"),
+    **_rules(part, "slice", "select", "narrow", "index_select"),
+    **_rules(split, "split", "split_with_sizes", "chunk", "unbind"),
+    **_rules(cat, "cat"),
+    **_rules(stack, "stack"),
+    **_rules(pad, "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d"),
+    **_rules(pad, "replication_pad1d", "replication_pad2d", "replication_pad3d"),
+    **_rules(per_channel, "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
+    **_rules(per_channel, "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
+    **_rules(per_channel, "adaptive_avg_pool2d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"),
+    **_rules(per_channel, "upsample_bilinear2d", "upsample_trilinear3d", "upsample_linear1d", "upsample_bicubic2d"),
+    **_rules(per_channel, "_upsample_bilinear2d_aa", "_upsample_nearest_exact2d", "max_unpool2d"),
+    **_rules(reduction, "mean", "sum", "amax", "amin", "var", "std", "var_mean", "std_mean", "max", "min", "norm"),
+    **_rules(reduction, "linalg_vector_norm", "argmax", "argmin", "prod", "logsumexp", "all", "any"),
+    **_rules(softmax, "_softmax", "_log_softmax"),
+    **_rules(batch_norm, "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
+    **_rules(batch_norm, "_batch_norm_with_update", "cudnn_batch_norm", "miopen_batch_norm"),
+    **_rules(group_norm, "native_group_norm"),
+    **_rules(layer_norm, "native_layer_norm"),
+    **_rules(convolution, "convolution"),
+    **_rules(matmul, "mm", "addmm", "bmm", "baddbmm"),
+}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The trace
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Tracer(LabelMode):
+    """Notes which labels were united, which are frozen and why, and what the layers did."""
+
+    def __init__(self, module_names, fully_connected):
+        super().__init__(module_names)
+        self.fully_connected = fully_connected
+        self.edges: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.frozen: list[tuple[torch.Tensor, str]] = []
+        self.filters: list[torch.Tensor] = []
+        self.heads: list[torch.Tensor] = []  # filters of fully connected layers
+        self.applications: dict[str, list] = {}
+        self.costs: list[tuple[int, list[torch.Tensor]]] = []
+
+    def unite(self, a, b):
+        self.edges.append((a.reshape(-1), b.reshape(-1)))
+
+    def freeze(self, label, reason):
+        self.frozen.append((label.reshape(-1), reason))
+
+    def counted(self, flops, dimensions):
+        self.costs.append((flops, dimensions))
+
+    def applied(self, filters, count, contracted):
+        module, args = self.stack[-1] if self.stack else (None, ())
+        is_convolution = isinstance(module, CONVOLUTIONS)
+        standard = isinstance(module, CONSUMERS) and args and isinstance(args[0], torch.Tensor)
+        if contracted is not None and not (standard and self._takes(args[0], 1 if is_convolution else -1, contracted)):
+            self.freeze(contracted, f"multiplied by weights in {self.where()!r}, outside of a convolution or linear layer")
+            contracted = None
+        if not standard:
+            if filters is not None:
+                self.filters.append(filters)  # a filter all the same, but explain() has no layer to list it under
+            return
+        if filters is not None:
+            pointwise_in_space = is_convolution or args[0].ndim > 2 or self.fully_connected
+            (self.filters if pointwise_in_space else self.heads).append(filters)
+        axis = 1 if is_convolution else -1
+        positions = args[0].numel() // max(1, args[0].shape[0] * args[0].shape[axis])
+        self.applications.setdefault(self.where(), []).append((filters, count, contracted, is_convolution, axis, positions))
+
+    def _takes(self, x, axis, label):
+        found = self.channels(x, axis)
+        return found is not None and torch.equal(found, label)
+
+
+def trace(model: nn.Module, example_inputs, *, fully_connected: bool = False) -> ChannelGraph:
+    """Find the units of a model: what can be removed, together with what, and what it costs.
+
+    The model runs once on the meta device, in eval mode (and in training mode too if that reaches parameters which
+    eval mode does not, such as auxiliary heads); nothing about it changes. A model that looks at its data runs for
+    real instead. example_inputs: one tensor, a tuple of positional or a dict of keyword arguments. fully_connected:
+    also make the outputs of linear layers on [N, features] removable; by default, as in the paper, only filters are
+    (and the outputs of linear layers that are applied at every position).
+
+    Raises TraceError if the model does not run on the example inputs, naming the line where it fails.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    args, kwargs = as_arguments(example_inputs)
+    tensors = named_tensors(model)
+    try:
+        tracer, passes, offsets = _run(model, tensors, args, kwargs, fully_connected, real=False)
+    except TraceError as on_meta:
+        if any(t.is_meta for t in tensors.values()):
+            raise
+        try:
+            tracer, passes, offsets = _run(model, tensors, args, kwargs, fully_connected, real=True)
+        except TraceError as error:
+            raise error from on_meta
+    return _build(model, tensors, tracer, passes, offsets)
+
+
+def as_arguments(example_inputs) -> tuple[tuple, dict]:
+    """One tensor, a tuple of positional arguments or a dict of keyword arguments -> (args, kwargs)."""
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    if isinstance(example_inputs, dict):
+        return (), dict(example_inputs)
+    raise TypeError(f"example_inputs must be a tensor, a tuple or a dict, got {type(example_inputs).__name__}")
+
+
+def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer by name, shared ones once."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in tensors.items():
+        if nn.parameter.is_lazy(tensor):
+            raise ValueError(f"model has an uninitialised lazy parameter {name!r}: run one forward pass first")
+    return tensors
+
+
+def _run(model, tensors, args, kwargs, fully_connected, real):
+    tracer = Tracer({id(m): name for name, m in model.named_modules()}, fully_connected)
+    tracer.keep_real = real
+    stand_ins = {n: t.detach().clone() if real else torch.empty_like(t, device="meta") for n, t in tensors.items()}
+    offsets, total = {}, 0
+    for name, tensor in stand_ins.items():
+        labels = []
+        for d, size in enumerate(tensor.shape):
+            if size > 1:
+                offsets[name, d] = total
+                labels += _slot(torch.arange(total, total + size), tensor.ndim, d)
+                total += size
+        tracer.set(tensor, labels)
+    passes = [run_pass(model, stand_ins, tracer, False, args, kwargs)]
+    tracer.eval_costs, tracer.costs = tracer.costs, []
+    unseen = [name for name, _ in model.named_parameters() if id(stand_ins[name]) not in tracer.seen]
+    if unseen:
+        try:
+            passes.append(run_pass(model, stand_ins, tracer, True, *twice(args, kwargs)))
+        except TraceError as error:
+            warnings.warn(f"training mode could not be traced ({error})", stacklevel=3)
+        unseen = [name for name in unseen if id(stand_ins[name]) not in tracer.seen]
+        if unseen:
+            warnings.warn(f"the forward pass never used {unseen}; they are left as they are", stacklevel=3)
+    tracer.edges.append((torch.tensor([], dtype=torch.int64),) * 2)
+    tracer.total = total
+    return tracer, tuple(passes), offsets
+
+
+def twice(args, kwargs):
+    """A single example doubled along its batch dimension, for batch norm in training mode needs two."""
+
+    def double(t):
+        return torch.cat([t, t]) if t.ndim > 0 and len(t) == 1 else t
+
+    return tree_map_only(torch.Tensor, double, args), tree_map_only(torch.Tensor, double, kwargs)
+
+
+def run_pass(model, stand_ins, mode: LabelMode, training: bool, args, kwargs) -> Pass:
+    """One forward pass under a label mode, with other tensors in the place of the model's own; freezes its outputs."""
+    training_flags = {m: m.training for m in model.modules()}
+    hooks = [
+        nn.modules.module.register_module_forward_pre_hook(mode.enter_module),
+        nn.modules.module.register_module_forward_hook(mode.leave_module, always_call=True),
+    ]
+    mode.stack.clear()
+    mode.owned = {id(t) for t in stand_ins.values()}
+    rng = torch.random.fork_rng(devices=[]) if mode.keep_real else contextlib.nullcontext()
+    try:
+        model.train(training)
+        if not mode.keep_real:
+            args, kwargs = (tree_map_only(torch.Tensor, mode.to_meta, a) for a in (args, kwargs))
+        with torch.no_grad(), rng, torch.compiler.set_stance("force_eager"), mode:
+            output = torch.func.functional_call(model, stand_ins, args, kwargs)
+    except TraceError:
+        raise
+    except Exception as error:
+        raise TraceError(f"{line_at_fault(error.__traceback__)}: {type(error).__name__}: {error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, flag in training_flags.items():
+            module.training = flag
+    outputs = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor)]
+    for tensor in outputs:
+        mode.freeze_all(tensor, "the model's output")
+    args, kwargs = (tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device="meta"), a) for a in (args, kwargs))
+    return Pass(training, args, kwargs, [tuple(t.shape) for t in outputs])
+
+
+LIBRARIES = tuple(f"{Path(file).parent}/" for file in (torch.__file__, __file__))
+
+
+def line_at_fault(traceback=None) -> str:
+    """'file.py:12': the innermost line of a traceback, or of the running stack, that is the model's own."""
+    if traceback is not None:
+        found = [(t.tb_frame, t.tb_lineno) for t in _walk(traceback, "tb_next")]
+    else:
+        found = [(f, f.f_lineno) for f in _walk(sys._getframe(), "f_back")][::-1]
+    for frame, line in reversed(found):
+        file = frame.f_code.co_filename
+        if not file.startswith((*LIBRARIES, "<")):
+            return f"{file}:{line}"
+    return "in the forward pass"
+
+
+def _walk(link, attribute):
+    while link is not None:
+        yield link
+        link = getattr(link, attribute)
+
+
+def _build(model, tensors, tracer: Tracer, passes, offsets) -> ChannelGraph:
+    a, b = (torch.cat(side).numpy() for side in zip(*tracer.edges, strict=True))
+    half = (a == FIXED) != (b == FIXED)  # a slot without a unit met one with
+    tracer.freeze(torch.from_numpy(np.maximum(a, b)[half]), "meets a padded channel")
+    a, b = a[(a != FIXED) & (b != FIXED)], b[(a != FIXED) & (b != FIXED)]
+    total = tracer.total
+    _, component = connected_components(coo_array((np.ones(len(a), dtype=bool), (a, b)), shape=(total, total)), directed=False)
+    component = np.append(component, FIXED).astype(np.int64)  # so that label FIXED, the last one, gives FIXED
+
+    def of(label):
+        return component[label.reshape(-1).numpy()]
+
+    components = {key: component[start : start + tensors[key[0]].shape[key[1]]] for key, start in offsets.items()}
+    frozen: dict[int, str] = {}
+    for label, reason in tracer.frozen:
+        for c in np.unique(of(label)):
+            frozen.setdefault(int(c), reason)
+    layers = {}
+    for name, calls in tracer.applications.items():
+        filters, count, _, is_convolution, axis, positions = calls[0]
+        inputs = next((of(c) for _, _, c, *_ in calls if c is not None), None)
+        positions = max(call[-1] for call in calls)
+        filters = np.full(count, FIXED) if filters is None else of(filters)
+        layers[name] = Layer(name, filters, inputs, is_convolution, name in tracer.grouped, axis, positions, len(calls) // len(passes) or 1)
+
+    def union(labels):
+        return np.unique(np.concatenate([np.array([], dtype=np.int64), *map(of, labels)]))
+
+    made, consumed = union(tracer.filters), union(c for calls in tracer.applications.values() for _, _, c, *_ in calls if c is not None)
+    for c in np.setdiff1d(union(tracer.heads), made):
+        frozen.setdefault(int(c), "fully connected; trace(..., fully_connected=True) makes it removable")
+    for c in np.setdiff1d(made, consumed):
+        frozen.setdefault(int(c), "no convolution or linear layer consumes it")
+    units = np.setdiff1d(np.intersect1d(made, consumed), np.fromiter(frozen, dtype=np.int64))
+    groups, alone = _group(units, components, layers, total)
+    for c in alone:
+        frozen.setdefault(int(c), "all its channels are one unit")
+    frozen.pop(FIXED, None)
+    costs = []
+    for flops, dimensions in tracer.eval_costs:
+        dimensions = tuple(of(d) for d in dimensions)
+        costs.append(Cost(flops // math.prod(len(d) for d in dimensions), dimensions))
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    parameters = tuple(name for name, _ in model.named_parameters())
+    modules = weakref.WeakKeyDictionary({module: name for name, module in model.named_modules()})
+    name = type(model).__name__
+    return ChannelGraph(name, groups, layers, shapes, parameters, components, frozen, tuple(costs), passes, modules)
+
+
+def _group(units, components, layers, total) -> tuple[tuple[Group, ...], np.ndarray]:
+    """Units with the same number of slots in the same dimensions are interchangeable. Also returns units that are alone."""
+    dimensions = {**components, **{(name, "in"): layer.inputs for name, layer in layers.items() if layer.inputs is not None}}
+    index = np.full(total + 1, -1)
+    index[units] = np.arange(len(units))
+    # A unit's signature is a hash of its (dimension, number of slots): a sum, so that no unit is looked at by itself.
+    weights = np.random.default_rng(0).integers(1, 2**63, size=len(dimensions), dtype=np.uint64)
+    signature = np.zeros(len(units), dtype=np.uint64)
+    for weight, dimension in zip(weights, dimensions.values(), strict=True):
+        found, count = np.unique(index[dimension], return_counts=True)
+        inside = found >= 0
+        signature[found[inside]] += weight * count[inside].astype(np.uint64) ** 3
+    _, first, group_of = np.unique(signature, return_index=True, return_inverse=True)
+    sizes = np.bincount(group_of, minlength=len(first))
+    rank = np.zeros(len(units), dtype=np.int64)
+    for g in range(len(first)):
+        rank[group_of == g] = np.arange(sizes[g])
+    slots: list[dict] = [{} for _ in first]
+    for key, dimension in dimensions.items():
+        position = np.flatnonzero(index[dimension] >= 0)
+        unit = index[dimension[position]]
+        for g in np.unique(group_of[unit]):
+            mine = group_of[unit] == g
+            order = np.argsort(rank[unit[mine]], kind="stable")
+            slots[g][key] = torch.from_numpy(position[mine][order].reshape(sizes[g], -1))
+    groups, taken = [], set()
+    for g in np.argsort(first):
+        if sizes[g] == 1:
+            continue
+        members = units[group_of == g]
+        producers = tuple(name for name, layer in layers.items() if np.isin(members[0], layer.filters))
+        inputs = {key[0]: s for key, s in slots[g].items() if key[1] == "in"}
+        name = base = producers[0] if producers else next(iter(slots[g]))[0]
+        for number in itertools.count(2):
+            if name not in taken:
+                break
+            name = f"{base}#{number}"
+        taken.add(name)
+        positions = max(layers[consumer].positions * s.shape[1] for consumer, s in inputs.items())
+        own = {key: s for key, s in slots[g].items() if key[1] != "in"}
+        groups.append(Group(name, producers, own, inputs, positions))
+    return tuple(groups), units[sizes[group_of] == 1]
