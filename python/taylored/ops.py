@@ -7,8 +7,12 @@ are float32 over short stretches whose totals are added in float64 (float64 thro
 bits whatever the number of threads.
 """
 
+import itertools
+import weakref
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from taylored import _library
 
@@ -125,3 +129,59 @@ def _(x, dims, keep):
 
 def _sum_dtype(x):
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# -- the gate ----------------------------------------------------------------------------------------------------------
+
+Recorder = Callable[[Tensor, Tensor], None]
+_recorders: dict[int, Recorder] = {}
+_keys: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()
+_counter = itertools.count()
+
+
+def gate_key(module: nn.Module) -> int:
+    """A number that stays the module's own, so that a compiled graph with its gate in it can be used again."""
+    if module not in _keys:
+        _keys[module] = next(_counter)
+    return _keys[module]
+
+
+def set_recorder(key: int, recorder: Recorder | None) -> None:
+    """What the gates with this key do with (input, gradient) in the backward pass; None: nothing."""
+    if recorder is None:
+        _recorders.pop(key, None)
+    else:
+        _recorders[key] = recorder
+
+
+@torch.library.custom_op("taylored::record", mutates_args=("token",))
+def _record(token: Tensor, x: Tensor, g: Tensor, key: int) -> None:
+    # The token is never written: declaring it mutated keeps the call in compiled graphs, where it would look unused.
+    if key in _recorders:
+        _recorders[key](x, g)
+
+
+@_record.register_fake
+def _(token, x, g, key):
+    return None
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, anchor, token, key):
+        ctx.save_for_backward(x, token)
+        ctx.key = key
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, token = ctx.saved_tensors
+        torch.ops.taylored.record(token, x, g, ctx.key)
+        return g, None, None, None
+
+
+def gate(x: Tensor, anchor: Tensor, token: Tensor, key: int) -> Tensor:
+    """Identity whose backward hands (x, gradient) to the recorder of `key`. Copies nothing: x is a consumer's input,
+    which its weight's gradient needs anyway. anchor: a scalar that requires a gradient, so that the gate is reached even
+    where all weights before it are frozen; token: a scalar that does not."""
+    return _Gate.apply(x, anchor, token, key)

@@ -79,7 +79,9 @@ class PrunePlan:
         for name, size in self.units.items():
             left = _complement(self.removed.get(name, ()), size)
             if later.units.get(name) != len(left):
-                raise PlanError(f"the later plan starts from {later.units.get(name)} units of {name!r}, this one leaves {len(left)}")
+                raise PlanError(
+                    f"the later plan starts from {later.units.get(name)} units of {name!r}, this one leaves {len(left)}"
+                )
             gone = _complement(left[_complement(later.removed.get(name, ()), len(left))], size)
             if len(gone):
                 removed[name] = gone
@@ -151,7 +153,9 @@ class Price:
 
         one = row(np.array([FIXED]))
         width = max((len(c.dimensions) for c in costs), default=1)
-        self.factors = np.array([[row(d) for d in c.dimensions] + [one] * (width - len(c.dimensions)) for c in costs], dtype=np.int64)
+        self.factors = np.array(
+            [[row(d) for d in c.dimensions] + [one] * (width - len(c.dimensions)) for c in costs], dtype=np.int64
+        )
         self.coefficients = np.array([c.coefficient for c in costs], dtype=np.int64)
         sizes = np.array(sizes, dtype=np.int64)
         units = np.array([g.units for g in graph.groups], dtype=np.int64)
@@ -212,7 +216,9 @@ def make_plan(
         s = s / norm if norm > 0 else s
         s = s - flops_weight * dear[i]
         order = torch.argsort(s, stable=True)
-        for start, stop in _strokes(group, graph, round_to, _limit("min_units", min_units, group), _limit("max_ratio", max_ratio, group)):
+        for start, stop in _strokes(
+            group, graph, round_to, _limit("min_units", min_units, group), _limit("max_ratio", max_ratio, group)
+        ):
             chunks.append((float(s[order[start:stop]].mean()), i, order[start:stop]))
     chunks.sort(key=lambda c: c[0])
     counts = np.zeros((len(chunks) + 1, len(graph.groups)), dtype=np.int64)
@@ -313,11 +319,14 @@ def _ignored(graph, ignore) -> set[str]:
     for entry in ignore:
         name = graph.modules.get(entry) if isinstance(entry, nn.Module) else entry
         hit = {
-            g.name for g in graph.groups
+            g.name
+            for g in graph.groups
             if name is not None and (g.name == name or any(x == name or x.startswith(f"{name}.") for x in g.layers))
         }
         known = name is not None and any(x == name or x.startswith(f"{name}.") for x in graph.layers)
         if not hit and not known:
-            raise PlanError(f"ignore has {entry!r}, which is neither a module of the traced model nor the name of one or of a group")
+            raise PlanError(
+                f"ignore has {entry!r}, which is neither a module of the traced model nor the name of one or of a group"
+            )
         ignored |= hit
     return ignored

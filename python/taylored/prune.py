@@ -81,7 +81,9 @@ def prune(
     device = _device(model)
     steps = _length(train_loader)
     if rounds < 1 or round_epochs <= 0 or final_epochs < 0:
-        raise ValueError(f"rounds must be >= 1, round_epochs > 0, final_epochs >= 0; got {rounds}, {round_epochs}, {final_epochs}")
+        raise ValueError(
+            f"rounds must be >= 1, round_epochs > 0, final_epochs >= 0; got {rounds}, {round_epochs}, {final_epochs}"
+        )
     if checkpoint is not None and not os.access(Path(checkpoint).absolute().parent, os.W_OK):
         raise ValueError(f"checkpoint={str(checkpoint)!r}: its folder does not exist or cannot be written to")
     graph = trace(model, example_inputs)

@@ -5,15 +5,13 @@ fused kernel. When a backward pass ends, the contributions of a unit's consumers
 accumulated. arXiv:1611.06440, equations 6 and 7.
 """
 
-import itertools
+import functools
 
 import torch
 from torch import nn
 
 from taylored import ops
 from taylored.trace import ChannelGraph
-
-REDUCTIONS = ("abs", "batch", "square")
 
 
 class TaylorScorer:
@@ -28,8 +26,8 @@ class TaylorScorer:
     """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, *, reduction: str = "abs", loss_reduction: str = "mean"):
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+        if reduction not in ops.REDUCTIONS:
+            raise ValueError(f"reduction must be one of {list(ops.REDUCTIONS)}, got {reduction!r}")
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
         self.model = getattr(model, "_orig_mod", model)
@@ -42,7 +40,9 @@ class TaylorScorer:
             layer, module = graph.layers[name], _submodule(self.model, name)
             channels = module.weight.shape[0 if getattr(module, "transposed", False) else 1]
             if channels != len(layer.inputs):
-                raise ValueError(f"graph does not fit model: {name!r} takes {channels} channels, the graph says {len(layer.inputs)}")
+                raise ValueError(
+                    f"graph does not fit model: {name!r} takes {channels} channels, the graph says {len(layer.inputs)}"
+                )
 
     def _consumers(self) -> list[str]:
         return list(dict.fromkeys(name for g in self.graph.groups for name in g.inputs))
@@ -56,33 +56,26 @@ class TaylorScorer:
     def __enter__(self):
         if self._handles:
             raise RuntimeError("this TaylorScorer is already active")
-        anchors: dict[torch.device, torch.Tensor] = {}
         for name in self._consumers():
             module = self.model.get_submodule(name)
-            device = module.weight.device
-            anchor = anchors.setdefault(device, torch.zeros((), device=device, requires_grad=True))
-            self._handles.append(module.register_forward_pre_hook(self._gate(name, self.graph.layers[name].axis, anchor)))
+            device, key = module.weight.device, ops.gate_key(module)
+            anchor, token = torch.zeros((), device=device, requires_grad=True), torch.zeros((), device=device)
+            ops.set_recorder(key, functools.partial(self._record, name, self.graph.layers[name].axis))
+            self._handles.append((module.register_forward_pre_hook(_gated(anchor, token, key)), key))
         return self
 
     def __exit__(self, *exception):
-        for handle in self._handles:
+        for handle, key in self._handles:
             handle.remove()
+            ops.set_recorder(key, None)
         self._handles.clear()
         self._arrived.clear()
 
-    def _gate(self, name, axis, anchor):
-        def record(x, g):
-            if not self._arrived:
-                torch.autograd.Variable._execution_engine.queue_callback(self._finish)
-            t = ops.contribution(x.movedim(axis, 1), g.movedim(axis, 1))  # [N, C]
-            self._arrived.setdefault(name, []).append(t)
-
-        def hook(_module, args):
-            if not torch.is_grad_enabled():
-                return None
-            return (_Gate.apply(args[0], anchor, record), *args[1:])
-
-        return hook
+    def _record(self, name, axis, x, g):
+        if not self._arrived:
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        t = ops.contribution(x.movedim(axis, 1), g.movedim(axis, 1))  # [N, C]
+        self._arrived.setdefault(name, []).append(t)
 
     def _finish(self):
         """A backward pass has ended: add up each unit's consumers, example by example."""
@@ -116,27 +109,21 @@ class TaylorScorer:
         backward pass was seen at all, FloatingPointError if a score is NaN or infinite."""
         if not self._totals:
             raise RuntimeError("no backward pass was scored: call loss.backward() within `with TaylorScorer(...)`")
-        scores = {g.name: self._totals[g.name].cpu() / self._examples[g.name] for g in self.graph.groups if g.name in self._totals}
+        scores = {
+            g.name: self._totals[g.name].cpu() / self._examples[g.name] for g in self.graph.groups if g.name in self._totals
+        }
         for name, s in scores.items():
             if not s.isfinite().all():
                 raise FloatingPointError(f"the scores of {name!r} are not finite: the loss or its gradient was NaN or infinite")
         return scores
 
 
-class _Gate(torch.autograd.Function):
-    """Identity; its backward records (input, gradient). The anchor requires a gradient, so that frozen layers score too."""
+def _gated(anchor, token, key):
+    def hook(_module, args):
+        if torch.is_grad_enabled():
+            return (ops.gate(args[0], anchor, token, key), *args[1:])
 
-    @staticmethod
-    def forward(ctx, x, anchor, record):
-        ctx.save_for_backward(x)
-        ctx.record = record
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        ctx.record(x, g)
-        return g, None, None
+    return hook
 
 
 def _units(t: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

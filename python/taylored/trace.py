@@ -947,12 +947,17 @@ def _build(model, tensors, tracer: Tracer, passes, offsets) -> ChannelGraph:
         inputs = next((of(c) for _, _, c, *_ in calls if c is not None), None)
         positions = max(call[-1] for call in calls)
         filters = np.full(count, FIXED) if filters is None else of(filters)
-        layers[name] = Layer(name, filters, inputs, is_convolution, name in tracer.grouped, axis, positions, len(calls) // len(passes) or 1)
+        layers[name] = Layer(
+            name, filters, inputs, is_convolution, name in tracer.grouped, axis, positions, len(calls) // len(passes) or 1
+        )
 
     def union(labels):
         return np.unique(np.concatenate([np.array([], dtype=np.int64), *map(of, labels)]))
 
-    made, consumed = union(tracer.filters), union(c for calls in tracer.applications.values() for _, _, c, *_ in calls if c is not None)
+    made, consumed = (
+        union(tracer.filters),
+        union(c for calls in tracer.applications.values() for _, _, c, *_ in calls if c is not None),
+    )
     for c in np.setdiff1d(union(tracer.heads), made):
         frozen.setdefault(int(c), "fully connected; trace(..., fully_connected=True) makes it removable")
     for c in np.setdiff1d(made, consumed):
