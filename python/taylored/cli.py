@@ -154,30 +154,255 @@ def _fraction_above_0(text):
     return value
 
 
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything that is known before the first image is decoded."""
+
+    options: argparse.Namespace
+    out: Path
+    device: torch.device
+    source: data.Source
+    network: zoo.Network
+    graph: taylored.ChannelGraph
+    settings: dict  # what determines the result
+
+    @property
+    def model(self) -> nn.Module:
+        return self.network.model
+
+    @property
+    def example(self) -> torch.Tensor:
+        return torch.zeros(1, self.network.channels, self.network.image_size, self.network.image_size, device=self.device)
+
+
 def prune(options: argparse.Namespace) -> dict:
     """The whole walk-through; returns the summary that it also writes to --out."""
+    job = _prepare(options)
+    resumed = options.resume and _matches(job)
+    if not resumed:
+        for name in (TRAINED, CHECKPOINT, PRUNED, METRICS, SUMMARY, REPORT):
+            (job.out / name).unlink(missing_ok=True)
+    journal = Journal(job.out / METRICS)
+    s = job.settings
+    train, test = job.source.load(s["image_size"], job.network.channels, s["mean"], s["std"], s["batch_size"], options.workers)
+    if resumed:
+        taylored.load(job.out / TRAINED, job.model)
+    else:
+        _train(job, train, journal)
+        taylored.save(job.out / TRAINED, job.model, PrunePlan.of(job.graph, {}), extra={"settings": s})
+    original = copy.deepcopy(job.model)
+    result = _prune(job, train, test, journal)
+    summary = _summarise(job, original, result, journal)
+    print(f"\n{report.table(summary)}\n")
+    print(f"report: {job.out / REPORT}\nmodel:  {job.out / PRUNED}")
+    return summary
+
+
+def _prepare(options) -> Job:
+    """Build, trace and check: whatever can be wrong with the options is found here."""
     out = _folder(options.out)
     device = _device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     source = data.find(options.data)
-    size = options.image_size or source.image_size
-    network = zoo.build(options.model, options.weights, len(source.classes), channels=source.channels, image_size=size)
+    network = zoo.build(
+        options.model,
+        options.weights,
+        len(source.classes),
+        channels=source.channels,
+        image_size=options.image_size or source.image_size,
+    )
     for note in network.notes:
         print(note)
-    example = torch.zeros(1, network.channels, network.image_size, network.image_size, device=device)
-    model = network.model.to(device)
-    graph = taylored.trace(model, example)
+    network.model.to(device)
+    job = Job(options, out, device, source, network, None, _settings(options, source, network))
+    graph = taylored.trace(network.model, job.example)
     print(graph)
-    _check_budget(graph, options)
-    run = Run(options, out, source, network, graph, example, time.perf_counter())
-    settings, elapsed = run.begin()
-    run.journal = journal = Journal(out / METRICS, elapsed)
+    # The budget is checked with any scores at all: whether it can be met depends on counts alone.
+    even = {group.name: torch.ones(group.units) for group in graph.groups}
+    make_plan(graph, even, **_planning(options))
+    return dataclasses.replace(job, graph=graph)
 
-    default = data.DIGITS if source.channels == 1 else data.IMAGENET
-    mean, std = options.mean or network.mean or default[0], options.std or network.std or default[1]
-    batches = source.load(network.image_size, network.channels, mean, std, options.batch_size, options.workers)
-    summary, history, plan = run.go(*batches)
-    print()
+
+def _planning(options) -> dict:
+    names = ("target_flops", "normalize", "flops_weight", "round_to", "min_units", "max_ratio", "ignore")
+    return {name: getattr(options, name) for name in names}
+
+
+def _settings(options, source, network) -> dict:
+    """The options with their defaults filled in."""
+    pixels = data.DIGITS if source.name == "digits" else data.IMAGENET
+    scratch = options.weights == "none"
+    filled = {
+        "image_size": network.image_size,
+        "mean": options.mean or network.mean or pixels[0],
+        "std": options.std or network.std or pixels[1],
+        "lr": (2e-3 if scratch else 2e-4) if options.lr is None else options.lr,
+    }
+    if options.train_epochs is None:
+        filled["train_epochs"] = 20 if scratch else 3 if network.new_head else 0
+    settings = {name: value for name, value in vars(options).items() if name not in FREE} | filled
+    return json.loads(json.dumps({**settings, "classes": source.classes}))  # tuples become lists, as in the files
+
+
+def _matches(job) -> bool:
+    """Whether --out holds a run that can be gone on with; one with other settings is an error."""
+    path = job.out / TRAINED
+    if not path.exists():
+        print(f"nothing to resume in {job.out}: starting anew")
+        return False
+    there = read(path)[2]["extra"]["settings"]
+    if differ := sorted(k for k in there.keys() | job.settings.keys() if there.get(k) != job.settings.get(k)):
+        k = differ[0]
+        raise OutError(
+            f"--resume: the run in {job.out} has other settings ({', '.join(differ)}): {k} is {there.get(k)!r} there "
+            f"and {job.settings.get(k)!r} here; give the same options, or another --out"
+        )
+    return True
+
+
+def _train(job, batches, journal) -> None:
+    """Before pruning: everything where there are no weights, the new last layer alone where there are."""
+    s, model, head = job.settings, job.model, job.network.new_head
+    scratch = s["weights"] == "none"
+    trained = model if scratch or not head else model.get_submodule(head)
+    lr = s["lr"] if trained is model else s["head_lr"]
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=lr, weight_decay=s["weight_decay"])
+    steps = max(1, s["train_epochs"] * len(batches))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step / steps))
+    wanted = {p: p.requires_grad for p in model.parameters()}
+    for p in wanted:
+        p.requires_grad_(trained is model)
+    trained.requires_grad_(True)
+    # With frozen convolutions batch norm must not move either.
+    model.train(trained is model)
+    for epoch in range(1, s["train_epochs"] + 1):
+        since, total = time.perf_counter(), 0.0
+        for inputs, labels in tqdm(batches, desc=f"train {epoch}/{s['train_epochs']}", leave=False):
+            loss = nn.functional.cross_entropy(model(inputs.to(job.device)), labels.to(job.device))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.item()
+        if not math.isfinite(total):
+            raise FloatingPointError(f"training epoch {epoch}: the loss is {total}; try a lower learning rate ({lr} was used)")
+        journal.write(
+            {"event": "train_epoch", "epoch": epoch, "loss": total / len(batches), "seconds": time.perf_counter() - since}
+        )
+    for p, was in wanted.items():
+        p.requires_grad_(was)
+
+
+def _cosine(share: float) -> float:
+    """A learning-rate factor: from 1 down to 0.01 as `share` goes from 0 to 1."""
+    return 0.505 + 0.495 * math.cos(math.pi * min(share, 1.0))
+
+
+def _prune(job, train, test, journal) -> taylored.PruneResult:
+    """Rank, cut and fine-tune, at a constant learning rate until the last cut and a falling one after it."""
+    s = job.settings
+    optimizer = torch.optim.AdamW(job.model.parameters(), lr=s["lr"], weight_decay=s["weight_decay"])
+    cutting = updates(train, s["rounds"], s["round_epochs"], 0)
+    tuning = max(1, updates(train, s["rounds"], s["round_epochs"], s["final_epochs"]) - cutting)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(max(0, step - cutting) / tuning))
+    return taylored.prune(
+        job.model,
+        train,
+        nn.CrossEntropyLoss(),
+        optimizer,
+        job.example,
+        **_planning(job.options),
+        rounds=s["rounds"],
+        round_epochs=s["round_epochs"],
+        final_epochs=s["final_epochs"],
+        reduction=s["reduction"],
+        evaluate=lambda model: accuracy(model, test, job.device),
+        scheduler=schedule,
+        checkpoint=job.out / CHECKPOINT,
+        resume=job.options.resume,
+        log=lambda event: journal.write(event | {"flops_left": event["flops"] / job.graph.flops}),
+    )
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, batches, device: torch.device) -> float:
+    """The share of images whose largest output is their label's."""
+    right = count = 0
+    for inputs, labels in batches:
+        right += int((model(inputs.to(device)).argmax(1).cpu() == labels).sum())
+        count += len(labels)
+    return right / count
+
+
+def _summarise(job, original, result, journal) -> dict:
+    """Measure, and write what is left: the model, the summary and the report."""
+    size = job.options.latency_batch
+    before, after = latency.milliseconds_per_image([original, job.model], job.example.repeat(size, 1, 1, 1))
+    journal.write({"event": "latency", "batch": size, "latency_ms_before": before, "latency_ms_after": after})
+    first, last = result.history[0], result.history[-1]
+    summary = {
+        f"{key}_{when}": e[key]
+        for key in ("accuracy", "flops", "params", "units")
+        for when, e in (("before", first), ("after", last))
+    }
+    summary |= {"latency_ms_before": before, "latency_ms_after": after, "seconds": round(journal.elapsed(), 1)}
+    machine = {"device": str(job.device), "threads": torch.get_num_threads(), "latency_batch": size, "torch": torch.__version__}
+    summary |= {"settings": job.settings, "machine": machine}
+    taylored.save(job.out / PRUNED, job.model, result.plan, extra={"summary": summary})
+    report.write(job.out / REPORT, summary, result.history, result.plan)
+    _write(job.out / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
     return summary
+
+
+class Journal:
+    """metrics.jsonl: one line per event, on disk as soon as it happens, and a shorter one on the terminal."""
+
+    def __init__(self, path: Path):
+        whole = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []  # without a torn last line
+        _write(path, "".join(f"{line}\n" for line in whole).encode())
+        earlier = json.loads(whole[-1])["elapsed"] if whole else 0.0  # of the run that is resumed
+        self.since = time.perf_counter() - earlier
+        self.path = path
+
+    def elapsed(self) -> float:
+        """Seconds that the run has taken, without the time between an interruption and --resume."""
+        return time.perf_counter() - self.since
+
+    def write(self, event: dict) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(event | {"elapsed": round(self.elapsed(), 3)}) + "\n")
+        if event["event"] != "latency":
+            print(_line(event), flush=True)
+
+
+def _line(event) -> str:
+    number = event.get("round", event.get("epoch", ""))
+    words = [f"{event['event'].replace('_', ' ')} {number}".ljust(14)]
+    if "flops" in event:
+        words += [f"{event['flops_left']:6.1%} of the FLOPs", f"{event['units']:6d} units"]
+    if event.get("loss") is not None:
+        words.append(f"loss {event['loss']:.4f}")
+    if "accuracy" in event:
+        words.append(f"accuracy {event['accuracy']:.2%}")
+    return "  ".join([*words, f"{event['seconds']:.1f} s"])
+
+
+def _folder(name: str) -> Path:
+    """--out, made if need be, and proven to be writable."""
+    out = Path(name)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _write(out / ".probe", b"")
+        (out / ".probe").unlink()
+    except OSError as error:
+        raise OutError(f"--out {name} cannot be written to: {error.strerror or error}") from error
+    return out
+
+
+def _device(name: str) -> torch.device:
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise zoo.ModelError("--device cuda: torch sees no CUDA device; expected 'cpu' or 'auto'")
+    return torch.device("cuda" if found and name != "cpu" else "cpu")

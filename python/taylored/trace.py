@@ -951,18 +951,20 @@ def _build(model, tensors, tracer: Tracer, passes, offsets) -> ChannelGraph:
             name, filters, inputs, is_convolution, name in tracer.grouped, axis, positions, len(calls) // len(passes) or 1
         )
 
-    def union(labels):
-        return np.unique(np.concatenate([np.array([], dtype=np.int64), *map(of, labels)]))
+    def mask(labels):
+        found = np.zeros(total, dtype=bool)
+        for label in labels:
+            found[of(label)] = True
+        return found
 
-    made, consumed = (
-        union(tracer.filters),
-        union(c for calls in tracer.applications.values() for _, _, c, *_ in calls if c is not None),
-    )
-    for c in np.setdiff1d(union(tracer.heads), made):
+    made, heads = mask(tracer.filters), mask(tracer.heads)
+    consumed = mask(c for calls in tracer.applications.values() for _, _, c, *_ in calls if c is not None)
+    for c in np.flatnonzero(heads & ~made):
         frozen.setdefault(int(c), "fully connected; trace(..., fully_connected=True) makes it removable")
-    for c in np.setdiff1d(made, consumed):
+    for c in np.flatnonzero(made & ~consumed):
         frozen.setdefault(int(c), "no convolution or linear layer consumes it")
-    units = np.setdiff1d(np.intersect1d(made, consumed), np.fromiter(frozen, dtype=np.int64))
+    made[[c for c in frozen if c != FIXED]] = False
+    units = np.flatnonzero(made & consumed)
     groups, alone = _group(units, components, layers, total)
     for c in alone:
         frozen.setdefault(int(c), "all its channels are one unit")
@@ -999,18 +1001,21 @@ def _group(units, components, layers, total) -> tuple[tuple[Group, ...], np.ndar
     for key, dimension in dimensions.items():
         position = np.flatnonzero(index[dimension] >= 0)
         unit = index[dimension[position]]
-        for g in np.unique(group_of[unit]):
+        for g in np.flatnonzero(np.bincount(group_of[unit], minlength=len(first))):
             mine = group_of[unit] == g
             order = np.argsort(rank[unit[mine]], kind="stable")
             slots[g][key] = torch.from_numpy(position[mine][order].reshape(sizes[g], -1))
+    producers: list[list[str]] = [[] for _ in first]
+    for name, layer in layers.items():
+        unit = index[layer.filters]
+        for g in np.flatnonzero(np.bincount(group_of[unit[unit >= 0]], minlength=len(first))):
+            producers[g].append(name)
     groups, taken = [], set()
     for g in np.argsort(first):
         if sizes[g] == 1:
             continue
-        members = units[group_of == g]
-        producers = tuple(name for name, layer in layers.items() if np.isin(members[0], layer.filters))
         inputs = {key[0]: s for key, s in slots[g].items() if key[1] == "in"}
-        name = base = producers[0] if producers else next(iter(slots[g]))[0]
+        name = base = producers[g][0] if producers[g] else next(iter(slots[g]))[0]
         for number in itertools.count(2):
             if name not in taken:
                 break
@@ -1018,5 +1023,5 @@ def _group(units, components, layers, total) -> tuple[tuple[Group, ...], np.ndar
         taken.add(name)
         positions = max(layers[consumer].positions * s.shape[1] for consumer, s in inputs.items())
         own = {key: s for key, s in slots[g].items() if key[1] != "in"}
-        groups.append(Group(name, producers, own, inputs, positions))
+        groups.append(Group(name, tuple(producers[g]), own, inputs, positions))
     return tuple(groups), units[sizes[group_of] == 1]

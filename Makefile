@@ -1,0 +1,41 @@
+# make demo: prune a CNN on real data. make test: every test. Both make .venv first if it is missing.
+PYTHON ?= python3
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.cu*' -o -name '*.py')
+
+.PHONY: demo test bench lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/installed
+	$(BIN)/taylored prune --data digits --model small_vgg --weights none --target-flops 0.5 --out runs/demo
+
+test: $(VENV)/installed $(VENV)/test-tools
+	$(BIN)/python -m pytest -q
+
+bench: $(VENV)/installed
+	for name in contribution compact_op training_step trace; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+lint: $(VENV)/test-tools
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
+
+clean:
+	rm -rf $(VENV) build dist runs python/*.egg-info python/taylored/lib
+
+$(VENV)/torch:
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or later is needed; name it: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q $(TORCH)
+	$(BIN)/pip install -q cmake ninja setuptools wheel pybind11 numpy
+	touch $@
+
+# Tests and demo run what is installed, as a user would.
+$(VENV)/installed: $(VENV)/torch $(SOURCES)
+	$(BIN)/pip install -q --no-build-isolation '.[cli]'
+	touch $@
+
+$(VENV)/test-tools: $(VENV)/torch
+	$(BIN)/pip install -q pytest hypothesis expecttest ruff clang-format
+	touch $@
