@@ -404,7 +404,7 @@ class LabelMode(TorchDispatchMode):
             if moved.shape[1] > 1:
                 self.unite(moved[:, :1].expand_as(moved), moved)
             found = moved[:, 0]
-        return found
+        return found[:-1]
 
     def bind(self, a: torch.Tensor | None, b: torch.Tensor | None, reason: str) -> None:
         """Two dimensions must keep the same indices. Where only one has labels it cannot change."""
@@ -952,10 +952,10 @@ def _build(model, tensors, tracer: Tracer, passes, offsets) -> ChannelGraph:
         )
 
     def mask(labels):
-        found = np.zeros(total, dtype=bool)
+        found = np.zeros(total + 1, dtype=bool)  # the last one takes FIXED
         for label in labels:
             found[of(label)] = True
-        return found
+        return found[:-1]
 
     made, heads = mask(tracer.filters), mask(tracer.heads)
     consumed = mask(c for calls in tracer.applications.values() for _, _, c, *_ in calls if c is not None)
