@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
         "--train-epochs",
         type=number,
         metavar="N",
-        help="before pruning; of everything without weights, else of the new last layer alone (default: 20 without weights, 3 for a new last layer, else 0)",
+        help="before pruning (default: 20 without weights, all layers; 3 for a new last layer, that alone; else 0)",
     )
     group.add_argument(
         "--lr", type=_number(float, 0), metavar="X", help="AdamW's learning rate (default: 0.002 without weights, else 0.0002)"
@@ -279,7 +279,7 @@ def _train(job, batches, journal) -> None:
     model.train(trained is model)
     for epoch in range(1, s["train_epochs"] + 1):
         since, total = time.perf_counter(), 0.0
-        for inputs, labels in tqdm(batches, desc=f"train {epoch}/{s['train_epochs']}", leave=False):
+        for inputs, labels in tqdm(batches, desc=f"train {epoch}/{s['train_epochs']}", leave=False, disable=None):
             loss = nn.functional.cross_entropy(model(inputs.to(job.device)), labels.to(job.device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -322,6 +322,7 @@ def _prune(job, train, test, journal) -> taylored.PruneResult:
         scheduler=schedule,
         checkpoint=job.out / CHECKPOINT,
         resume=job.options.resume,
+        progress=sys.stderr.isatty(),
         log=lambda event: journal.write(event | {"flops_left": event["flops"] / job.graph.flops}),
     )
 

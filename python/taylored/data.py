@@ -36,10 +36,7 @@ class Source:
 
     def load(self, image_size: int, channels: int, mean, std, batch_size: int, workers: int = 0) -> tuple["Batches", "Batches"]:
         """Loaders of the train and the test split. Raises DataError, naming the file, for an image that is damaged."""
-        if self.files:
-            pictures = self._pictures(image_size, channels)
-        else:
-            pictures = _digits(image_size, channels)
+        pictures = self._pictures(image_size, channels) if self.files else _digits(image_size, channels)
         mean, std = _per_channel("mean", mean, channels), _per_channel("std", std, channels)
         train, test = (
             Batches(split, batch_size, mean, std, train, workers if isinstance(split, Files) else 0)

@@ -70,8 +70,8 @@ def write(path: str | os.PathLike, summary: dict, history: list[dict], plan: Pru
         pictures.append(
             (
                 "Scores before the first cut",
-                "One dot per unit: its Taylor score in the first round, divided by the group's L2 norm. Blue units are in the pruned "
-                "network, orange ones were removed in this or a later round, on scores measured then.",
+                "One dot per unit: its Taylor score in the first round, divided by the group's L2 norm. Blue units stayed; "
+                "orange ones were removed in this or a later round, on scores measured then.",
                 scores(history, plan),
             )
         )
@@ -216,13 +216,22 @@ def _svg(figure, label) -> str:
 
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #22262B; background: #fff; max-width: 820px; margin: 40px auto; padding: 0 20px; }
-h1 { font-size: 28px; margin: 0; } h2 { font-size: 19px; margin: 44px 0 4px; } p { margin: 0 0 12px; color: #555B64; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #22262B; background: #fff; }
+body { max-width: 820px; margin: 40px auto; padding: 0 20px; }
+h1 { font-size: 28px; margin: 0; }
+h2 { font-size: 19px; margin: 44px 0 4px; }
+p { margin: 0 0 12px; color: #555B64; }
 table { border-collapse: collapse; width: 100%; margin: 24px 0; font-variant-numeric: tabular-nums; }
-th { font-weight: 500; color: #555B64; } th, td { text-align: right; padding: 7px 10px; border-bottom: 1px solid #DFE3E8; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; } td:nth-child(3) { font-weight: 600; }
-.log td { font-weight: 400; } .log, dl { font-size: 14px; } svg { width: 100%; height: auto; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 20px; } dd { margin: 0; overflow-wrap: anywhere; } summary { cursor: pointer; margin-top: 44px; }
+th, td { text-align: right; padding: 7px 10px; border-bottom: 1px solid #DFE3E8; }
+th { font-weight: 500; color: #555B64; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+.totals td:nth-child(3) { font-weight: 600; }
+.log, dl { font-size: 14px; }
+figure { margin: 0; }
+svg { width: 100%; height: auto; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 20px; }
+dd { margin: 0; overflow-wrap: anywhere; }
+summary { cursor: pointer; margin-top: 44px; }
 """
 
 
@@ -233,16 +242,14 @@ def page(summary: dict, history: list[dict], pictures) -> str:
     left = summary["flops_after"] / summary["flops_before"]
     change = 100 * (summary["accuracy_after"] - summary["accuracy_before"])
     lead = f"{left:.0%} of the FLOPs, {change:+.2f} points of accuracy, in {duration(summary['seconds'])}."
-    figures = "\n".join(
-        f"<h2>{html.escape(t)}</h2>\n<p>{html.escape(c)}</p>\n<figure style='margin:0'>{svg}</figure>" for t, c, svg in pictures
-    )
+    figures = "\n".join(f"<h2>{html.escape(t)}</h2>\n<p>{html.escape(c)}</p>\n<figure>{svg}</figure>" for t, c, svg in pictures)
     terms = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in settings.items())
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
 <p>{html.escape(lead)}</p>
-{_html_table(("", "before", "after", "change"), rows(summary))}
+{_html_table(("", "before", "after", "change"), rows(summary), "totals")}
 {figures}
 <h2>Rounds</h2>
 {_html_table(("", "FLOPs", "parameters", "units", "loss", "accuracy", "seconds"), [_round(e) for e in history], "log")}
@@ -271,7 +278,7 @@ def _round(event):
     return name[event["event"]], *numbers
 
 
-def _html_table(header, lines, kind="") -> str:
+def _html_table(header, lines, kind) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "\n".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
     return f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>'

@@ -404,7 +404,7 @@ class LabelMode(TorchDispatchMode):
             if moved.shape[1] > 1:
                 self.unite(moved[:, :1].expand_as(moved), moved)
             found = moved[:, 0]
-        return found[:-1]
+        return found
 
     def bind(self, a: torch.Tensor | None, b: torch.Tensor | None, reason: str) -> None:
         """Two dimensions must keep the same indices. Where only one has labels it cannot change."""
