@@ -94,10 +94,16 @@ def parser() -> argparse.ArgumentParser:
         help="before pruning (default: 20 without weights, all layers; 3 for a new last layer, that alone; else 0)",
     )
     group.add_argument(
-        "--lr", type=_number(float, 0), metavar="X", help="AdamW's learning rate (default: 0.002 without weights, else 0.0002)"
+        "--train-lr",
+        "--head-lr",
+        dest="train_lr",
+        type=_number(float, 0),
+        default=2e-3,
+        metavar="X",
+        help="AdamW's learning rate before pruning, falling to 0.01 of itself",
     )
     group.add_argument(
-        "--head-lr", type=_number(float, 0), default=3e-3, metavar="X", help="the same, for training the last layer alone"
+        "--lr", type=_number(float, 0), default=3e-4, metavar="X", help="the same from the first round on; falling after the last"
     )
     group.add_argument("--weight-decay", type=_number(float, 0), default=1e-4, metavar="X", help=" ")
     group.add_argument("--rounds", type=positive, default=10, metavar="N", help="cuts on the way to the budget")
@@ -238,7 +244,6 @@ def _settings(options, source, network) -> dict:
         "image_size": network.image_size,
         "mean": options.mean or network.mean or pixels[0],
         "std": options.std or network.std or pixels[1],
-        "lr": (2e-3 if scratch else 2e-4) if options.lr is None else options.lr,
     }
     if options.train_epochs is None:
         filled["train_epochs"] = 20 if scratch else 3 if network.new_head else 0
@@ -267,7 +272,7 @@ def _train(job, batches, journal) -> None:
     s, model, head = job.settings, job.model, job.network.new_head
     scratch = s["weights"] == "none"
     trained = model if scratch or not head else model.get_submodule(head)
-    lr = s["lr"] if trained is model else s["head_lr"]
+    lr = s["train_lr"] if scratch or head else s["lr"]
     optimizer = torch.optim.AdamW(trained.parameters(), lr=lr, weight_decay=s["weight_decay"])
     steps = max(1, s["train_epochs"] * len(batches))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step / steps))
@@ -287,7 +292,7 @@ def _train(job, batches, journal) -> None:
             schedule.step()
             total += loss.item()
         if not math.isfinite(total):
-            raise FloatingPointError(f"training epoch {epoch}: the loss is {total}; try a lower learning rate ({lr} was used)")
+            raise FloatingPointError(f"training epoch {epoch}: the loss is {total}; try a lower learning rate than {lr}")
         journal.write(
             {"event": "train_epoch", "epoch": epoch, "loss": total / len(batches), "seconds": time.perf_counter() - since}
         )

@@ -83,7 +83,7 @@ def compact(model: nn.Module, plan: PrunePlan, optimizer=None, also=(), *, relea
         rehearse(model, plan)
     with _uninterrupted(), torch.no_grad():
         for tensor, dims in jobs:
-            tensor.data = ops.compact_(tensor.data, dims)
+            _replace(tensor, ops.compact_(tensor.data, dims))
         for tensor, segments in flat:
             _compact_flat(tensor, segments)
         for module, values in attributes:
@@ -92,6 +92,15 @@ def compact(model: nn.Module, plan: PrunePlan, optimizer=None, also=(), *, relea
         if release:
             for tensor, _ in jobs:
                 tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
+
+
+def _replace(tensor, data):
+    """Give a tensor other data of another shape. Where a graph of an earlier step is still alive (a loss that somebody
+    kept), so is the parameter's gradient accumulator, with the old shape; autograd drops it on a change of dtype only."""
+    if tensor.is_leaf and tensor.requires_grad:
+        other = torch.float32 if tensor.dtype == torch.float64 else torch.float64
+        tensor.data = torch.empty(0, dtype=other, device=tensor.device)
+    tensor.data = data
 
 
 def _jobs(plan, tensors, what, grads=False) -> list[tuple[torch.Tensor, dict[int, torch.Tensor]]]:

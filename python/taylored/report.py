@@ -29,7 +29,7 @@ def rows(summary: dict) -> list[tuple[str, str, str, str]]:
     ):
         before, after = summary[f"{key}_before"], summary[f"{key}_after"]
         shown = [f"{v:.3g}{unit}" if unit else f"{v}" if key == "units" else short(v) for v in (before, after)]
-        change = f"{before / after:.2f}x faster" if unit else f"{after / before:.1%} left"
+        change = f"{before / after:.2f}x as fast" if unit else f"{after / before:.1%} left"
         table.append((name, *shown, change))
     return table
 
@@ -48,7 +48,7 @@ def short(number: float) -> str:
     """3 significant digits and the SI letter: 4830000 -> 4.83 M."""
     for letter, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
-            return f"{number / size:.3g} {letter}"
+            return f"{f'{number / size:#.3g}'.rstrip('.')} {letter}"
     return f"{number:.3g}"
 
 
@@ -80,33 +80,20 @@ def write(path: str | os.PathLike, summary: dict, history: list[dict], plan: Pru
 
 def tradeoff(history: list[dict]) -> str:
     """Accuracy along the rounds, from all of the FLOPs on the left to the budget on the right."""
-    figure, axes = _figure(7.2, 3.6)
+    figure, axes = _figure(7.2, 3.4)
     full = history[0]["flops"]
-    rounds = [e for e in history if e["event"] in ("start", "round")]
-    tuned = [e for e in history if e["event"] == "final_epoch"]
-    x = [100 * e["flops"] / full for e in rounds]
-    y = [100 * e["accuracy"] for e in rounds]
-    axes.plot(x, y, "-o", color=BLUE, markersize=5, linewidth=1.6, zorder=3, clip_on=False)
-    _mark(axes, x[0], y[0], f"original {y[0]:.2f}%", BLUE, "left")
-    if len(rounds) > 1:
-        _mark(
-            axes,
-            x[-1],
-            y[-1],
-            f"after the last round {y[-1]:.2f}%",
-            BLUE,
-            "right",
-            below=bool(tuned) and tuned[-1]["accuracy"] * 100 >= y[-1],
-        )
+    rounds = [(100 * e["flops"] / full, 100 * e["accuracy"]) for e in history if e["event"] in ("start", "round")]
+    tuned = [(100 * e["flops"] / full, 100 * e["accuracy"]) for e in history if e["event"] == "final_epoch"]
+    axes.plot(*zip(*rounds, strict=True), "-o", color=BLUE, markersize=5, linewidth=1.6, zorder=3, clip_on=False)
+    _mark(axes, rounds[0], f"original {rounds[0][1]:.2f}%", BLUE, "left")
     if tuned:
-        at = [100 * e["flops"] / full for e in tuned]
-        to = [100 * e["accuracy"] for e in tuned]
-        axes.plot(at[:-1], to[:-1], "o", markerfacecolor="none", color=ORANGE, markersize=5, clip_on=False)
-        axes.plot(at[-1:], to[-1:], "o", color=ORANGE, markersize=7, zorder=4, clip_on=False)
-        _mark(axes, at[-1], to[-1], f"fine-tuned {to[-1]:.2f}%", ORANGE, "right", below=to[-1] < y[-1])
-        y = y + to
-    span = max(max(y) - min(y), 1.0)
-    axes.set_ylim(min(y) - 0.25 * span, max(y) + 0.25 * span)
+        axes.plot(*zip(*tuned, strict=True), "o", markerfacecolor="white", color=ORANGE, markersize=5, zorder=4, clip_on=False)
+        axes.plot(*tuned[-1], "o", color=ORANGE, markersize=7, zorder=5, clip_on=False)
+    last, color = (tuned[-1], ORANGE) if tuned else (rounds[-1], BLUE)
+    _mark(axes, last, f"{'fine-tuned' if tuned else 'pruned'} {last[1]:.2f}%", color, "right")
+    low, high = (edge(y for _, y in rounds + tuned) for edge in (min, max))
+    span = max(high - low, 1.0)
+    axes.set_ylim(low - 0.15 * span, high + 0.25 * span)
     axes.invert_xaxis()
     axes.set_xlabel("FLOPs left, % of the original")
     axes.set_ylabel("test accuracy, %")
@@ -114,18 +101,10 @@ def tradeoff(history: list[dict]) -> str:
     return _svg(figure, "accuracy against FLOPs along the rounds")
 
 
-def _mark(axes, x, y, text, color, side, below=False):
-    """A label at a point; `side` is where the point lies in the picture."""
-    axes.annotate(
-        text,
-        (x, y),
-        xytext=(0, -9 if below else 9),
-        textcoords="offset points",
-        color=color,
-        fontsize=9,
-        ha=side,
-        va="top" if below else "bottom",
-    )
+def _mark(axes, point, text, color, side):
+    """A label above a point; `side` is where the point lies in the picture."""
+    style = {"color": color, "fontsize": 9.5, "ha": side, "va": "bottom"}
+    axes.annotate(text, point, xytext=(0, 9), textcoords="offset points", **style)
 
 
 def widths(plan: PrunePlan) -> str:
@@ -146,12 +125,15 @@ def widths(plan: PrunePlan) -> str:
 
 def scores(history: list[dict], plan: PrunePlan) -> str:
     """The first round's scores of every group, one dot per unit, on a logarithmic scale, coloured by their fate."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     first = next(e for e in history if e["event"] == "round")["scores"]
     names = [n for n in plan.units if n in first]
-    figure, axes = _figure(7.2, 1.0 + ROW * len(names))
+    figure, axes = _figure(7.2, 1.0 + 1.6 * ROW * len(names))
     norms = {n: math.sqrt(sum(v * v for v in first[n])) or 1.0 for n in names}
     positive = sorted(v / norms[n] for n in names for v in first[n] if v > 0)
     floor = max(positive[len(positive) // 200], positive[-1] * 1e-6) if positive else 1e-6  # the rest piles up at the left edge
+    size = 6 if max(len(first[n]) for n in names) <= 256 else 4
     for fate, color in ((True, BLUE), (False, ORANGE)):
         x, y = [], []
         for i, name in enumerate(names):
@@ -159,10 +141,15 @@ def scores(history: list[dict], plan: PrunePlan) -> str:
             for unit, value in enumerate(first[name]):
                 if (unit not in removed) == fate:
                     x.append(max(value / norms[name], floor))
-                    y.append(i + 0.62 * (unit * 0.618034 % 1 - 0.5))  # spread within the row, the same in every run
-        axes.plot(x, y, ".", color=color, markersize=3.2, alpha=0.6, markeredgewidth=0, rasterized=True)
+                    y.append(i + 0.7 * (unit * 0.618034 % 1 - 0.5))  # spread within the row, the same in every run
+        axes.plot(x, y, ".", color=color, markersize=size, alpha=0.65, markeredgewidth=0, rasterized=True)
         axes.plot([], [], "o", color=color, markersize=5, label="kept" if fate else "removed")
     axes.set_xscale("log")
+    decades = math.log10(positive[-1] / floor) if positive else 0
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.hlines([i + 0.5 for i in range(len(names) - 1)], 0, 1, transform=axes.get_yaxis_transform(), color=LIGHT, linewidth=0.6)
     _rows(axes, names)
     axes.grid(axis="x", color=LIGHT, linewidth=0.8)
     axes.set_xlabel("score / L2 norm of the group")

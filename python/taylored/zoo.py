@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 import inspect
 import pickle
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -72,15 +73,16 @@ def small_vgg(num_classes: int = 10, in_channels: int = 1) -> nn.Module:
     """A VGG for small images: 3 stages of 2 convolutions (32, 64, 128 filters) with batch norm, then a linear layer.
 
     0.29 M parameters; on 8x8 images the linear layer sees every one of the last 2x2 positions, as VGG16's sees 7x7."""
-    layers: list[nn.Module] = []
-    for stage, width in enumerate((32, 64, 128)):
-        if stage:
-            layers.append(nn.MaxPool2d(2))
-        for _ in range(2):
-            layers += [nn.Conv2d(in_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+    layers: dict[str, nn.Module] = {}
+    for stage, width in enumerate((32, 64, 128), start=1):
+        for number in (1, 2):
+            layers[f"conv{stage}_{number}"] = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+            layers[f"norm{stage}_{number}"] = nn.BatchNorm2d(width)
+            layers[f"relu{stage}_{number}"] = nn.ReLU(inplace=True)
             in_channels = width
-    head = [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.2), nn.Linear(in_channels * 4, num_classes)]
-    return nn.Sequential(*layers, *head)
+        layers[f"pool{stage}"] = nn.MaxPool2d(2) if stage < 3 else nn.AdaptiveAvgPool2d(2)
+    layers |= {"flatten": nn.Flatten(), "dropout": nn.Dropout(0.2), "classifier": nn.Linear(in_channels * 4, num_classes)}
+    return nn.Sequential(OrderedDict(layers))
 
 
 def find_head(model: nn.Module, example: torch.Tensor) -> str:
