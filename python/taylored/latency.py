@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-RUNS = (20, 1000)  # of each model: at least, at most
+RUNS = (20, 300)  # of each model: at least, at most
 
 
 def milliseconds_per_image(models: Sequence[nn.Module], example: torch.Tensor, seconds: float = 10.0) -> list[float]:

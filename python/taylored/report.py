@@ -93,6 +93,7 @@ def tradeoff(history: list[dict]) -> str:
     _mark(axes, last, f"{'fine-tuned' if tuned else 'pruned'} {last[1]:.2f}%", color, "right")
     low, high = (edge(y for _, y in rounds + tuned) for edge in (min, max))
     span = max(high - low, 1.0)
+    axes.set_yticks([tick for tick in axes.get_yticks() if tick <= 100])
     axes.set_ylim(low - 0.15 * span, high + 0.25 * span)
     axes.invert_xaxis()
     axes.set_xlabel("FLOPs left, % of the original")

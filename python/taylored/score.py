@@ -6,6 +6,7 @@ accumulated. arXiv:1611.06440, equations 6 and 7.
 """
 
 import functools
+import sys
 
 import torch
 from torch import nn
@@ -56,6 +57,7 @@ class TaylorScorer:
     def __enter__(self):
         if self._handles:
             raise RuntimeError("this TaylorScorer is already active")
+        _forget_compiled()
         for name in self._consumers():
             module = self.model.get_submodule(name)
             device, key = module.weight.device, ops.gate_key(module)
@@ -70,6 +72,7 @@ class TaylorScorer:
             ops.set_recorder(key, None)
         self._handles.clear()
         self._arrived.clear()
+        _forget_compiled()
 
     def _record(self, name, axis, x, g):
         if not self._arrived:
@@ -116,6 +119,12 @@ class TaylorScorer:
             if not s.isfinite().all():
                 raise FloatingPointError(f"the scores of {name!r} are not finite: the loss or its gradient was NaN or infinite")
         return scores
+
+
+def _forget_compiled():
+    """Compiled code does not look whether hooks have come or gone: what was compiled is made anew."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _gated(anchor, token, key):

@@ -246,7 +246,7 @@ def _from_file(name, num_classes):
         raise ModelError(f"--model {name}: {function} raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"--model {name}: {function} returned a {type(model).__name__}; expected a torch.nn.Module")
-    return model, {}
+    return model
 
 
 def _download(name, create):
