@@ -5,11 +5,12 @@ import copy
 import functools
 
 import pytest
-import taylored
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
+
+import taylored
 
 FAMILIES = [
     "alexnet", "vgg11", "vgg11_bn", "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "densenet121", "googlenet",
@@ -23,21 +24,26 @@ OTHERS = [
 
 
 def build(name):
-    """A model whose normalisation statistics are random and whose outputs depend on its input."""
+    """A model with statistics like a trained one's: those of a batch, then disturbed at random."""
     torch.manual_seed(0)
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     model = models.get_model(name, weights=None, **options).eval()
-    for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            nn.init.kaiming_normal_(module.weight)
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.running_mean.normal_(0, 0.1), module.running_var.uniform_(0.8, 1.25)
-            module.weight.data.uniform_(0.8, 1.25), module.bias.data.normal_(0, 0.1)
+    size = {"inception_v3": 160, "alexnet": 96}.get(name, 64)
+    x = 2 * torch.randn(6, 3, size, size)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.train().momentum = 1.0
+    with torch.no_grad():
+        model(x)
+    for norm in norms:
+        scale = norm.running_var.sqrt()
+        norm.running_mean.add_(0.2 * scale * torch.randn_like(scale))
+        norm.running_var.mul_(torch.rand_like(scale) + 0.5)
+        norm.weight.data.uniform_(0.7, 1.3), norm.bias.data.normal_(0, 0.2)
     for parameter_name, parameter in model.named_parameters():
         if "layer_scale" in parameter_name:
             parameter.data.uniform_(0.5, 1.5)
-    size = {"inception_v3": 160, "alexnet": 96}.get(name, 64)
-    return model, 3 * torch.randn(2, 3, size, size)
+    return model.eval(), x[:2]
 
 
 def check_removal(name):
@@ -54,7 +60,8 @@ def check_removal(name):
             taylored.compact(small, plan)
             with FlopCounterMode(display=False) as counter:
                 actual = small(x)
-        assert (expected[0] - expected[1]).abs().max() > 1e-6 * expected.abs().max()
+        if ratio == 0.2:  # a deeper random cut may leave a dead net
+            assert (expected[0] - expected[1]).abs().max() > 1e-3 * expected.abs().max()
         assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
         assert counter.get_total_flops() == plan.flops[1]
         assert sum(p.numel() for p in small.parameters()) == plan.params[1]
