@@ -31,9 +31,7 @@ def find_program(name, remedy):
 
 def find_torch():
     """Where torch's headers and libraries are."""
-    remedy = (
-        "Install it (pip install 'torch>=2.10'), then build against it: pip install --no-build-isolation ."
-    )
+    remedy = "Install it (pip install 'torch>=2.10'), then build against it: pip install --no-build-isolation ."
     try:
         import torch
         from torch.utils import cpp_extension

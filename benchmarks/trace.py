@@ -2,9 +2,10 @@
 
 import time
 
-import taylored
 import torch
 from torchvision import models
+
+import taylored
 
 
 def main():

@@ -5,10 +5,11 @@ import resource
 import subprocess
 import sys
 
-import taylored
 import torch
 import torchvision
 from timer import Table, side_by_side
+
+import taylored
 
 
 def make(batch=8):
@@ -61,9 +62,8 @@ def main():
         for which in ("peak-scored", "peak-plain")
     )
     results = 8 * sum(len(graph.layers[name].inputs) * 4 for g in graph.groups for name in g.inputs)
-    print(
-        f"peak memory {with_scores / 2**20:.1f} MiB with, {without / 2**20:.1f} MiB without: {(with_scores - without) / 2**20:+.2f} MiB"
-    )
+    mib = (with_scores / 2**20, without / 2**20, (with_scores - without) / 2**20)
+    print("peak memory {:.1f} MiB with, {:.1f} MiB without: {:+.2f} MiB".format(*mib))
     print(f"(the [N, C] results are {results / 2**20:.2f} MiB)")
 
 

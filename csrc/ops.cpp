@@ -1,5 +1,6 @@
-// Every operator of the compiled side: its schema, and one line on what it does. Kernels live under the same names in
-// csrc/cpu and csrc/cuda; formulas, shapes and errors are in python/taylored/ops.py. A trailing underscore mutates.
+// Every operator of the compiled side: its schema, and one line on what it does. Kernels live under the same
+// names in csrc/cpu and csrc/cuda; formulas, shapes and errors are in python/taylored/ops.py. A trailing
+// underscore mutates.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(taylored, m) {
@@ -12,7 +13,8 @@ STABLE_TORCH_LIBRARY(taylored, m) {
     // [N, C] each: sum, sum of squares, number of zeros over positions.
     m.def("channel_statistics(Tensor x) -> (Tensor, Tensor, Tensor)");
 
-    // total[u] += what `reduction` (0 abs, 1 batch, 2 square) makes of scale * sum_k t[k][n, u] over examples n.
+    // total[u] += what `reduction` (0 abs, 1 batch, 2 square) makes of scale * sum_k t[k][n, u] over examples
+    // n.
     m.def("accumulate_(Tensor(a!) total, Tensor[] t, int reduction, float scale) -> ()");
 
     // Move the kept slices of each of dims to the front of x's own memory, packed in x's own stride order.

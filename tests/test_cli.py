@@ -187,11 +187,15 @@ def test_out_that_cannot_be_made_is_told(tmp_path, capsys):
     assert "--out" in capsys.readouterr().err
 
 
-def test_a_damaged_image_is_named(tmp_path, capsys):
-    data = folder(tmp_path / "data")
+@pytest.mark.parametrize(("limit", "workers"), [(2**30, "0"), (0, "0"), (0, "1")])
+def test_a_damaged_image_is_named(tmp_path, capsys, monkeypatch, limit, workers):
+    monkeypatch.setattr("taylored.data.MEMORY_LIMIT", limit)
+    data = folder(tmp_path / "data", size=(16, 16))
     (data / "train" / "dog" / "3.jpg").write_bytes(b"\xff\xd8 not a picture")
-    assert main(["prune", "--data", str(data), "--image-size", "16", "--out", str(tmp_path / "out")]) == 2
-    assert str(data / "train" / "dog" / "3.jpg") in capsys.readouterr().err
+    arguments = ["prune", "--data", str(data), "--image-size", "16", "--batch-size", "4", "--workers", workers]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("taylored: --data: ") and str(data / "train" / "dog" / "3.jpg") in error and error.count("\n") == 1
 
 
 def test_python_m_taylored_is_the_command():

@@ -1,18 +1,20 @@
 // compact_: keep some indices of some dimensions of a dense tensor, in its own memory, with no copy of it.
 //
-// Dimensions are ordered by stride. The innermost one that loses indices, with all that lies inside it, is a row: a
-// short program of moves, the same for every row. The dimensions outside it enumerate the rows. Row r of the result
-// goes to r * row_bytes, which is never beyond its source, so moving rows in order is always safe.
+// Dimensions are ordered by stride. The innermost one that loses indices, with all that lies inside it, is a
+// row: a short program of moves, the same for every row. The dimensions outside it enumerate the rows. Row r
+// of the result goes to r * row_bytes, which is never beyond its source, so moving rows in order is always
+// safe.
 //
-// Threads: row r may be written as soon as everything that lies where it goes has been read. Once rows [0, done) have
-// moved, all memory before the source of row `done` is free: every row whose destination ends there can move, in any
-// order. Such waves grow with the gap between source and destination (fourfold each when half of two dimensions goes),
-// move every byte once, and need no temporary memory.
+// Threads: row r may be written as soon as everything that lies where it goes has been read. Once rows [0,
+// done) have moved, all memory before the source of row `done` is free: every row whose destination ends
+// there can move, in any order. Such waves grow with the gap between source and destination (fourfold each
+// when half of two dimensions goes), move every byte once, and need no temporary memory.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -37,44 +39,55 @@ struct Run {
     int64_t source, bytes;
 };
 
-// ---- Moving one unit: `bytes` contiguous bytes toward the front, overlap allowed. -----------------------------------
-// A memmove of a few dozen bytes costs more in its call and its branches than in its loads, hence one function per
-// size class, chosen once: every byte of a class is loaded before any is stored, the two halves overlapping.
+// ---- Moving one unit: `bytes` contiguous bytes toward the front, overlap allowed.
+// ----------------------------------- A memmove of a few dozen bytes costs more in its call and its branches
+// than in its loads, hence one function per size class, chosen once: every byte of a class is loaded before
+// any is stored, the two halves overlapping.
 
-template <int64_t B>
-struct Piece {
-    typedef char type __attribute__((vector_size(B), aligned(1), may_alias));
-};
+typedef char Vec16 __attribute__((vector_size(16), aligned(1), may_alias));
 
-template <int64_t B>  // exactly B bytes
-struct Exact {
+template <class Int>  // exactly one integer
+struct One {
     static void move(char* to, const char* from, int64_t) {
-        using P = typename Piece<B>::type;
-        *reinterpret_cast<P*>(to) = *reinterpret_cast<const P*>(from);
+        Int value;
+        std::memcpy(&value, from, sizeof(Int));
+        std::memcpy(to, &value, sizeof(Int));
     }
 };
 
-template <int64_t B>  // B to 2 * B bytes
-struct Pair {
+template <class Int>  // one to two integers, overlapping
+struct Two {
     static void move(char* to, const char* from, int64_t bytes) {
-        using P = typename Piece<B>::type;
-        const P head = *reinterpret_cast<const P*>(from), tail = *reinterpret_cast<const P*>(from + bytes - B);
-        *reinterpret_cast<P*>(to) = head;
-        *reinterpret_cast<P*>(to + bytes - B) = tail;
+        Int head, tail;
+        std::memcpy(&head, from, sizeof(Int));
+        std::memcpy(&tail, from + bytes - sizeof(Int), sizeof(Int));
+        std::memcpy(to, &head, sizeof(Int));
+        std::memcpy(to + bytes - sizeof(Int), &tail, sizeof(Int));
+    }
+};
+
+template <int N>  // 16 * N to 16 * (N + 1) bytes: N vectors and the last 16 bytes
+struct Vectors {
+    static void move(char* to, const char* from, int64_t bytes) {
+        Vec16 part[N];
+        const Vec16 tail = *reinterpret_cast<const Vec16*>(from + bytes - 16);
+        for (int i = 0; i < N; ++i) part[i] = *reinterpret_cast<const Vec16*>(from + 16 * i);
+        for (int i = 0; i < N; ++i) *reinterpret_cast<Vec16*>(to + 16 * i) = part[i];
+        *reinterpret_cast<Vec16*>(to + bytes - 16) = tail;
     }
 };
 
 struct Long {  // 64 bytes and more
     static void move(char* to, const char* from, int64_t bytes) {
-        using P = Piece<64>::type;
-        const P tail = *reinterpret_cast<const P*>(from + bytes - 64);  // before a store can reach it
-        for (int64_t i = 0; i < bytes - 64; i += 64)
-            *reinterpret_cast<P*>(to + i) = *reinterpret_cast<const P*>(from + i);
-        *reinterpret_cast<P*>(to + bytes - 64) = tail;
+        const Vec16 tail = *reinterpret_cast<const Vec16*>(from + bytes - 16);  // before a store can reach it
+        for (int64_t i = 0; i < bytes - 16; i += 16)
+            *reinterpret_cast<Vec16*>(to + i) = *reinterpret_cast<const Vec16*>(from + i);
+        *reinterpret_cast<Vec16*>(to + bytes - 16) = tail;
     }
 };
 
-// ---- Moving one row --------------------------------------------------------------------------------------------------
+// ---- Moving one row
+// --------------------------------------------------------------------------------------------------
 
 struct Row {
     std::vector<Run> runs;  // used where units are long or runs of adjacent ones are
@@ -92,31 +105,32 @@ void move_runs(const Row& row, char* to, const char* from) {
     }
 }
 
-template <class Unit>
+template <class Unit, int64_t Size = 0>  // Size: known to the compiler
 void move_units(const Row& row, char* to, const char* from) {
-    const int64_t unit = row.unit;
-    for (int64_t i = 0; i < row.kept; ++i, to += unit) Unit::move(to, from + row.keep[i] * unit, unit);
-}
-
-template <int64_t B>  // units of one element: the size is known to the compiler
-void move_elements(const Row& row, char* to, const char* from) {
-    for (int64_t i = 0; i < row.kept; ++i) Exact<B>::move(to + i * B, from + row.keep[i] * B, B);
+    const int64_t unit = Size ? Size : row.unit, kept = row.kept;
+    const int64_t* const keep = row.keep;
+    for (int64_t i = 0; i < kept; ++i) Unit::move(to + i * unit, from + keep[i] * unit, unit);
 }
 
 Row::Move unit_mover(int64_t unit) {
     switch (unit) {
-        case 1: return move_elements<1>;
-        case 2: return move_elements<2>;
-        case 4: return move_elements<4>;
-        case 8: return move_elements<8>;
-        case 16: return move_elements<16>;
+        case 1:
+            return move_units<One<uint8_t>, 1>;
+        case 2:
+            return move_units<One<uint16_t>, 2>;
+        case 4:
+            return move_units<One<uint32_t>, 4>;
+        case 8:
+            return move_units<One<uint64_t>, 8>;
+        case 36:
+            return move_units<Vectors<2>, 36>;  // a 3x3 filter of float32
     }
-    if (unit < 4) return move_units<Pair<2>>;
-    if (unit < 8) return move_units<Pair<4>>;
-    if (unit < 16) return move_units<Pair<8>>;
-    if (unit <= 32) return move_units<Pair<16>>;
-    if (unit <= 64) return move_units<Pair<32>>;
-    if (unit <= 128) return move_units<Pair<64>>;
+    if (unit < 4) return move_units<Two<uint16_t>>;
+    if (unit < 8) return move_units<Two<uint32_t>>;
+    if (unit < 16) return move_units<Two<uint64_t>>;
+    if (unit <= 32) return move_units<Vectors<1>>;
+    if (unit <= 48) return move_units<Vectors<2>>;
+    if (unit <= 64) return move_units<Vectors<3>>;
     return move_units<Long>;
 }
 
@@ -131,18 +145,20 @@ Row make_row(const Level& level) {
     row.move = move_runs;
     row.runs.reserve(runs);
     for (int64_t i = 0; i < level.kept; ++i) {
-        if (i == 0 || level.keep[i] != level.keep[i - 1] + 1) row.runs.push_back({level.keep[i] * level.stride, 0});
+        if (i == 0 || level.keep[i] != level.keep[i - 1] + 1)
+            row.runs.push_back({level.keep[i] * level.stride, 0});
         row.runs.back().bytes += level.stride;
     }
     return row;
 }
 
-// ---- Moving all rows -------------------------------------------------------------------------------------------------
+// ---- Moving all rows
+// -------------------------------------------------------------------------------------------------
 
 struct Rows {
     Row row;
-    int64_t row_bytes;          // of the result
-    std::vector<Level> outer;   // innermost first
+    int64_t row_bytes;         // of the result
+    std::vector<Level> outer;  // innermost first
     int64_t count = 1;
 
     int64_t source(int64_t r) const {
@@ -178,11 +194,11 @@ struct Rows {
     }
 };
 
-Rows make_rows(const std::vector<Level>& levels, int64_t item) {  // innermost first
+Rows make_rows(const std::vector<Level>& levels) {  // innermost first
     size_t inner = 0;
     while (!levels[inner].keep) ++inner;
     Rows rows{};
-    if (levels[inner].stride >= kLargeUnit && inner + 1 <= levels.size() && levels[inner].kept > 1) {
+    if (levels[inner].stride >= kLargeUnit && levels[inner].kept > 1) {
         // Long slices are rows of their own, so that several threads can share them.
         static constexpr int64_t first = 0;
         rows.row = make_row({1, levels[inner].stride, &first, 1});
@@ -192,7 +208,6 @@ Rows make_rows(const std::vector<Level>& levels, int64_t item) {  // innermost f
         rows.row_bytes = levels[inner].kept * levels[inner].stride;
         ++inner;
     }
-    (void)item;
     for (size_t i = inner; i < levels.size(); ++i) {
         rows.outer.push_back(levels[i]);
         rows.count *= levels[i].kept;
@@ -200,7 +215,8 @@ Rows make_rows(const std::vector<Level>& levels, int64_t item) {  // innermost f
     return rows;
 }
 
-// ---- Arguments -------------------------------------------------------------------------------------------------------
+// ---- Arguments
+// -------------------------------------------------------------------------------------------------------
 
 // x's dimensions as levels, innermost first; throws where memory is not dense.
 std::vector<Level> levels_of(const Tensor& x, const std::vector<const Level*>& cut) {
@@ -214,8 +230,9 @@ std::vector<Level> levels_of(const Tensor& x, const std::vector<const Level*>& c
     const int64_t item = x.element_size();
     int64_t expected = 1;
     for (const int64_t d : order) {
-        STD_TORCH_CHECK(strides[d] == expected, "compact_: x is not dense (dimension ", d, " has stride ", strides[d],
-                        ", packed memory has ", expected, "): pass the whole tensor, not a slice or an expanded view");
+        STD_TORCH_CHECK(strides[d] == expected, "compact_: x is not dense (dimension ", d, " has stride ",
+                        strides[d], ", packed memory has ", expected,
+                        "): pass the whole tensor, not a slice or an expanded view");
         if (cut[d])
             levels.push_back({sizes[d], expected * item, cut[d]->keep, cut[d]->kept});
         else if (!levels.empty() && !levels.back().keep)
@@ -239,8 +256,8 @@ void check_keep(const Tensor& keep, int64_t size, size_t i, int64_t dim) {
 }
 
 void compact_(Tensor x, std::vector<int64_t> dims, std::vector<Tensor> keep) {
-    STD_TORCH_CHECK(dims.size() == keep.size(), "compact_: dims has ", dims.size(), " entries and keep ", keep.size(),
-                    ", expected one index vector per dimension");
+    STD_TORCH_CHECK(dims.size() == keep.size(), "compact_: dims has ", dims.size(), " entries and keep ",
+                    keep.size(), ", expected one index vector per dimension");
     const int64_t rank = x.dim();
     std::vector<Level> given(dims.size());
     std::vector<const Level*> cut(rank, nullptr);
@@ -263,7 +280,7 @@ void compact_(Tensor x, std::vector<int64_t> dims, std::vector<Tensor> keep) {
     if (empty) return;
     const std::vector<Level> levels = levels_of(x, cut);
     if (std::none_of(levels.begin(), levels.end(), [](const Level& level) { return level.keep; })) return;
-    make_rows(levels, x.element_size()).move_all(static_cast<char*>(x.mutable_data_ptr()));
+    make_rows(levels).move_all(static_cast<char*>(x.mutable_data_ptr()));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(taylored, CPU, m) { m.impl("compact_", TORCH_BOX(&compact_)); }

@@ -1,4 +1,5 @@
-// contribution: [N, C], the sum over positions of activation times gradient (arXiv:1611.06440, eq. 8, before |.|).
+// contribution: [N, C], the sum over positions of activation times gradient (arXiv:1611.06440, eq. 8, before
+// |.|).
 #include <torch/csrc/stable/library.h>
 
 #include "maps.h"

@@ -1,9 +1,11 @@
-// Three reductions over the positions of a feature map, for both layouts and four dtypes. Sums run in float32 vector
-// lanes over short stretches (at most kStretch additions a lane), whose totals are added in float64, so the error does
-// not grow with the map; float64 input is float64 throughout. The order of additions depends on the shape alone.
+// Three reductions over the positions of a feature map, for both layouts and four dtypes. Sums run in float32
+// vector lanes over short stretches (at most kStretch additions a lane), whose totals are added in float64,
+// so the error does not grow with the map; float64 input is float64 throughout. The order of additions
+// depends on the shape alone.
 #include "map_kernels.h"
 
 #include <cstring>
+#include <type_traits>
 #ifdef __F16C__
 #include <immintrin.h>
 #endif
@@ -11,7 +13,13 @@
 namespace taylored::TAYLORED_ISA {
 namespace {
 
-constexpr int kLanes = 16;
+#if defined(__AVX512F__)
+constexpr int kRegister = 64;
+#elif defined(__AVX2__)
+constexpr int kRegister = 32;
+#else
+constexpr int kRegister = 16;
+#endif
 constexpr int64_t kStretch = 256;
 
 struct BFloat16 {
@@ -48,6 +56,8 @@ struct Traits<double> {
 };
 template <class T, int W>
 using Sums = Vec<typename Traits<T>::Sum, W>;
+template <class T>
+constexpr int kLanes = kRegister / sizeof(typename Traits<T>::Sum);
 
 template <class To, class From>
 inline To bit_cast(const From& from) {
@@ -72,7 +82,8 @@ inline Sums<T, W> load(const T* p) {
 
 template <int W>
 inline Vec<float, W> load(const BFloat16* p) {
-    return bit_cast<Vec<float, W>>(__builtin_convertvector(read<Vec<uint16_t, W>>(p), Vec<uint32_t, W>) << 16);
+    return bit_cast<Vec<float, W>>(__builtin_convertvector(read<Vec<uint16_t, W>>(p), Vec<uint32_t, W>)
+                                   << 16);
 }
 
 template <int W>
@@ -80,15 +91,10 @@ inline Vec<float, W> load(const Float16* p) {
 #if defined(__AVX512F__)
     if constexpr (W == 16) return bit_cast<Vec<float, W>>(_mm512_cvtph_ps(read<__m256i>(p)));
 #elif defined(__F16C__)
-    if constexpr (W == 16) {
-        struct {
-            __m256 low, high;
-        } both{_mm256_cvtph_ps(read<__m128i>(p)), _mm256_cvtph_ps(read<__m128i>(p + 8))};
-        return bit_cast<Vec<float, W>>(both);
-    }
+    if constexpr (W == 8) return bit_cast<Vec<float, W>>(_mm256_cvtph_ps(read<__m128i>(p)));
 #endif
-    // Exponent and mantissa moved into float32's places and scaled by 2^112 to mend the bias: right for subnormals too.
-    // Only infinity and NaN need their exponent completed.
+    // Exponent and mantissa moved into float32's places and scaled by 2^112 to mend the bias: right for
+    // subnormals too. Only infinity and NaN need their exponent completed.
     const auto half = __builtin_convertvector(read<Vec<uint16_t, W>>(p), Vec<uint32_t, W>);
     const Vec<uint32_t, W> magnitude = (half & 0x7fff) << 13;
     const auto scaled = bit_cast<Vec<uint32_t, W>>(bit_cast<Vec<float, W>>(magnitude) * 0x1p112f);
@@ -96,7 +102,8 @@ inline Vec<float, W> load(const Float16* p) {
     return bit_cast<Vec<float, W>>(scaled | special | (half & 0x8000) << 16);
 }
 
-// ---- What is summed. A body's step sees every element exactly once. --------------------------------------------------
+// ---- What is summed. A body's step sees every element exactly once.
+// --------------------------------------------------
 
 template <class T>
 struct Contribution {
@@ -147,35 +154,53 @@ struct Statistics {
     }
 };
 
-// ---- How the elements are walked -------------------------------------------------------------------------------------
+// ---- How the elements are walked
+// -------------------------------------------------------------------------------------
+
+template <class V>
+inline auto sum_lanes(const V& v) {
+    constexpr int lanes = sizeof(v) / sizeof(v[0]);
+    if constexpr (lanes == 1) {
+        return v[0];
+    } else {
+        using Half = Vec<std::remove_cvref_t<decltype(v[0])>, lanes / 2>;
+        return sum_lanes(read<Half>(&v) + read<Half>(reinterpret_cast<const char*>(&v) + sizeof(Half)));
+    }
+}
 
 // One channel, positions adjacent: several vectors per sum in flight, folded into float64 after each stretch.
 template <class Body>
-void reduce_row(const Body& body, int64_t length, double* sums) {
+inline void reduce_row(const Body& body, int64_t begin, int64_t length, double (&total)[Body::sums]) {
     using T = typename Body::Type;
-    constexpr int K = Body::sums, U = K == 1 ? 4 : 2;
-    for (int k = 0; k < K; ++k) sums[k] = 0;
-    for (int64_t i = 0; i < length;) {
-        const int64_t end = length - i > kStretch * kLanes * U ? i + kStretch * kLanes * U : length;
-        Sums<T, kLanes> wide[U][K] = {};
-        Sums<T, 1> narrow[K] = {};
-        for (; i + kLanes * U <= end; i += kLanes * U)
-            for (int u = 0; u < U; ++u) body.template step<kLanes>(wide[u], i + kLanes * u);
-        for (; i + kLanes <= end; i += kLanes) body.template step<kLanes>(wide[0], i);
-        for (; i < end; ++i) body.template step<1>(narrow, i);
+    constexpr int K = Body::sums, U = K == 1 ? 4 : 2, W = kLanes<T>;
+    for (int64_t i = begin, last = begin + length; i < last;) {
+        const int64_t end = last - i > kStretch * W * U ? i + kStretch * W * U : last;
+        Sums<T, W> wide[U][K] = {};
+        Sums<T, 4> narrow[K] = {};
+        Sums<T, 1> single[K] = {};
+        for (; i + W * U <= end; i += W * U)
+            for (int u = 0; u < U; ++u) body.template step<W>(wide[u], i + W * u);
+        for (; i + W <= end; i += W) body.template step<W>(wide[0], i);
+        for (; i + 4 <= end; i += 4) body.template step<4>(narrow, i);
+        for (; i < end; ++i) body.template step<1>(single, i);
         for (int k = 0; k < K; ++k) {
             for (int u = 1; u < U; ++u) wide[0][k] += wide[u][k];
-            double lanes[kLanes];
-            for (int l = 0; l < kLanes; ++l) lanes[l] = wide[0][k][l];
-            for (int half = kLanes / 2; half; half /= 2)
-                for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-            sums[k] += lanes[0] + narrow[k][0];
+            total[k] += sum_lanes(wide[0][k]) + (sum_lanes(narrow[k]) + single[k][0]);
         }
     }
 }
 
-// R rows of `width` adjacent elements, added element by element to acc[k * kMaxChannels + j]. Taking several rows
-// at a time shares the accumulator's load and store.
+template <class Body>
+void reduce_rows(const Body& body, const MapBlock& block, double* sums) {
+    for (int64_t c = 0; c < block.channels; ++c) {
+        double total[Body::sums] = {};
+        reduce_row(body, c * block.channel_stride, block.positions, total);
+        for (int k = 0; k < Body::sums; ++k) sums[k * block.channels + c] = total[k];
+    }
+}
+
+// R rows of `width` adjacent elements, added element by element to acc[k * kMaxChannels + j]. Taking several
+// rows at a time shares the accumulator's load and store.
 template <int R, class Body>
 inline void add_rows(const Body& body, int64_t offset, int64_t stride, int64_t width,
                      typename Traits<typename Body::Type>::Sum* acc) {
@@ -188,16 +213,17 @@ inline void add_rows(const Body& body, int64_t offset, int64_t stride, int64_t w
         for (int k = 0; k < K; ++k) std::memcpy(acc + k * kMaxChannels + j, &sum[k], sizeof(sum[k]));
     };
     int64_t j = 0;
-    for (; j + kLanes <= width; j += kLanes) add.template operator()<kLanes>(j);
+    for (; j + kLanes<T> <= width; j += kLanes<T>) add.template operator()<kLanes<T>>(j);
     for (; j < width; ++j) add.template operator()<1>(j);
 }
 
-// Channels adjacent. `fold` positions are taken as one row of fold * channels elements, so that few channels still
-// fill the vectors.
+// Channels adjacent. `fold` positions are taken as one row of fold * channels elements, so that few channels
+// still fill the vectors.
 template <class Body>
-void reduce_columns(const Body& body, const MapBlock& block, int64_t fold, int64_t offset, int64_t rows, double* sums) {
+void reduce_columns(const Body& body, const MapBlock& block, int64_t fold, int64_t offset, int64_t rows,
+                    double* sums) {
     constexpr int K = Body::sums;
-    const int64_t stride = block.stride * fold, width = block.channels * fold;
+    const int64_t stride = block.position_stride * fold, width = block.channels * fold;
     typename Traits<typename Body::Type>::Sum acc[K * kMaxChannels];
     for (int64_t row = 0; row < rows;) {
         const int64_t end = rows - row > kStretch ? row + kStretch : rows;
@@ -214,23 +240,27 @@ void reduce_columns(const Body& body, const MapBlock& block, int64_t fold, int64
 template <class Body>
 void reduce(const MapBlock& block, double* sums) {
     const Body body(block);
-    if (block.channels == 1 && block.stride == 1) return reduce_row(body, block.positions, sums);
+    if (block.position_stride == 1) return reduce_rows(body, block, sums);
 
     for (int64_t i = 0; i < Body::sums * block.channels; ++i) sums[i] = 0;
-    const bool dense = block.stride == block.channels;
+    const bool dense = block.position_stride == block.channels;
     const int64_t fold = dense && block.channels < 128 ? 256 / block.channels : 1;
     const int64_t rows = block.positions / fold, rest = block.positions % fold;
     reduce_columns(body, block, fold, 0, rows, sums);
-    if (rest) reduce_columns(body, block, rest, rows * fold * block.stride, 1, sums);
+    if (rest) reduce_columns(body, block, rest, rows * fold * block.position_stride, 1, sums);
 }
 
 template <template <class> class Body>
 MapKernel kernel_of(MapType type) {
     switch (type) {
-        case MapType::float64: return reduce<Body<double>>;
-        case MapType::float32: return reduce<Body<float>>;
-        case MapType::bfloat16: return reduce<Body<BFloat16>>;
-        case MapType::float16: return reduce<Body<Float16>>;
+        case MapType::float64:
+            return reduce<Body<double>>;
+        case MapType::float32:
+            return reduce<Body<float>>;
+        case MapType::bfloat16:
+            return reduce<Body<BFloat16>>;
+        case MapType::float16:
+            return reduce<Body<Float16>>;
     }
     return nullptr;
 }
@@ -239,9 +269,12 @@ MapKernel kernel_of(MapType type) {
 
 MapKernel map_kernel(MapOp op, MapType type) {
     switch (op) {
-        case MapOp::contribution: return kernel_of<Contribution>(type);
-        case MapOp::relu_backward: return kernel_of<ReluBackward>(type);
-        case MapOp::statistics: return kernel_of<Statistics>(type);
+        case MapOp::contribution:
+            return kernel_of<Contribution>(type);
+        case MapOp::relu_backward:
+            return kernel_of<ReluBackward>(type);
+        case MapOp::statistics:
+            return kernel_of<Statistics>(type);
     }
     return nullptr;
 }

@@ -1,6 +1,6 @@
-// The inner loops over feature maps, behind one function type. map_kernels.cpp is compiled once per instruction set;
-// map_kernel() returns the best version this processor runs. No torch header here: these files also get compiler flags
-// (AVX-512) under which no shared inline function may be emitted.
+// The inner loops over feature maps, behind one function type. map_kernels.cpp is compiled once per
+// instruction set; map_kernel() returns the best version this processor runs. No torch header here: these
+// files also get compiler flags (AVX-512) under which no shared inline function may be emitted.
 #pragma once
 #include <cstdint>
 
@@ -12,12 +12,14 @@ enum class MapType { float64, float32, bfloat16, float16 };
 // Accumulated quantities per channel: x*g | y*g | x, x*x, x == 0.
 constexpr int map_sums(MapOp op) { return op == MapOp::statistics ? 3 : 1; }
 
-// Some positions of some channels of one example: element (p, c) is at p * stride + c from each pointer.
+// Some positions of some channels: element (p, c) is at p * position_stride + c * channel_stride from each
+// pointer. One of the two strides is 1: channels-last maps have adjacent channels, contiguous ones adjacent
+// positions.
 struct MapBlock {
     const void* x;
     const void* g;  // null for statistics
     void* out;      // relu_backward's gradient, else null
-    int64_t positions, stride, channels;
+    int64_t positions, position_stride, channels, channel_stride;
 };
 constexpr int64_t kMaxChannels = 1024;  // of one block: bounds the accumulators on the stack
 

@@ -8,9 +8,11 @@ namespace taylored {
 namespace {
 
 constexpr int64_t kBlock = 1 << 16;  // elements of one block: several fit into a core's level 2 cache
+constexpr int64_t kTask = 1 << 13;   // elements worth a task's own bookkeeping
 constexpr int64_t kGrain = 1 << 15;  // elements below which another thread costs more than it brings
 
-// The strides of `order` (dimensions, innermost first) are those of packed memory. Dimensions of size one have no say.
+// The strides of `order` (dimensions, innermost first) are those of packed memory. Dimensions of size one
+// have no say.
 template <class Order>
 bool packed(const Tensor& x, const Order& order) {
     const auto sizes = x.sizes(), strides = x.strides();
@@ -44,9 +46,12 @@ std::string shape(const Tensor& x) {
 void store(const Tensor& result, ScalarType type, int64_t first, const double* values, int64_t count) {
     const auto copy = [&](auto* out) { std::copy_n(values, count, out + first); };
     switch (type) {
-        case ScalarType::Float: return copy(static_cast<float*>(result.mutable_data_ptr()));
-        case ScalarType::Double: return copy(static_cast<double*>(result.mutable_data_ptr()));
-        default: return copy(static_cast<int64_t*>(result.mutable_data_ptr()));
+        case ScalarType::Float:
+            return copy(static_cast<float*>(result.mutable_data_ptr()));
+        case ScalarType::Double:
+            return copy(static_cast<double*>(result.mutable_data_ptr()));
+        default:
+            return copy(static_cast<int64_t*>(result.mutable_data_ptr()));
     }
 }
 
@@ -54,12 +59,17 @@ void store(const Tensor& result, ScalarType type, int64_t first, const double* v
 
 MapType map_type(const Tensor& x, const char* op, const char* name) {
     switch (x.scalar_type()) {
-        case ScalarType::Double: return MapType::float64;
-        case ScalarType::Float: return MapType::float32;
-        case ScalarType::BFloat16: return MapType::bfloat16;
-        case ScalarType::Half: return MapType::float16;
+        case ScalarType::Double:
+            return MapType::float64;
+        case ScalarType::Float:
+            return MapType::float32;
+        case ScalarType::BFloat16:
+            return MapType::bfloat16;
+        case ScalarType::Half:
+            return MapType::float16;
         default:
-            STD_TORCH_CHECK(false, op, ": ", name, " has dtype ", torch::headeronly::toString(x.scalar_type()),
+            STD_TORCH_CHECK(false, op, ": ", name, " has dtype ",
+                            torch::headeronly::toString(x.scalar_type()),
                             ", expected float64, float32, bfloat16 or float16");
     }
 }
@@ -72,14 +82,16 @@ Tensor with_map_layout(const Tensor& x, const char* op, const char* name) {
     return has_map_layout(x) ? x : torch::stable::contiguous(x);
 }
 
-Tensor in_layout_of(const Tensor& x, const Tensor& g, const char* op, const char* x_name, const char* g_name) {
+Tensor in_layout_of(const Tensor& x, const Tensor& g, const char* op, const char* x_name,
+                    const char* g_name) {
     STD_TORCH_CHECK(x.scalar_type() == g.scalar_type(), op, ": ", g_name, " has dtype ",
                     torch::headeronly::toString(g.scalar_type()), ", expected ", x_name, "'s, ",
                     torch::headeronly::toString(x.scalar_type()));
-    STD_TORCH_CHECK(same(x.sizes(), g.sizes()), op, ": ", g_name, " has shape ", shape(g), ", expected ", x_name,
-                    "'s, ", shape(x));
+    STD_TORCH_CHECK(same(x.sizes(), g.sizes()), op, ": ", g_name, " has shape ", shape(g), ", expected ",
+                    x_name, "'s, ", shape(x));
     STD_TORCH_CHECK(g.is_cpu(), op, ": ", g_name, " must be on the CPU, as ", x_name, " is");
-    if (same(x.strides(), g.strides()) || (x.is_contiguous() ? g.is_contiguous() : channels_last(g))) return g;
+    if (same(x.strides(), g.strides()) || (x.is_contiguous() ? g.is_contiguous() : channels_last(g)))
+        return g;
     Tensor copy = torch::stable::empty_like(x);
     torch::stable::copy_(copy, g);
     return copy;
@@ -93,8 +105,8 @@ MapView view_of(const Tensor& x) {
     } else {
         for (int64_t d = 2; d < x.dim(); ++d) positions *= x.size(d);
     }
-    if (positions > 1 && c > 1 && x.is_contiguous()) return {n * c, positions, 1};
-    return {n, positions, c};
+    if (positions > 1 && x.is_contiguous()) return {1, positions, 1, n * c, positions};
+    return {n, positions, c, c, 1};
 }
 
 ScalarType result_type(const Tensor& x) {
@@ -117,34 +129,44 @@ void reduce_map(MapOp op, const Tensor& x, const void* g, void* out, const Tenso
     std::array<ScalarType, 3> types{};
     for (int k = 0; k < sums; ++k) types[k] = results[k].scalar_type();
 
-    // A task is (outer, block of positions, chunk of channels). Several blocks leave float64 partial sums behind.
-    const int64_t chunk = std::min(view.channels, kMaxChannels);
-    const int64_t chunks = chunk ? (view.channels + chunk - 1) / chunk : 0;
-    const int64_t block = chunk ? std::max<int64_t>(kBlock / chunk, 256) : 1;
-    const int64_t blocks = std::max<int64_t>((view.positions + block - 1) / block, 1);
+    // A task is (outer, block of positions, chunk of channels). Several blocks leave float64 partial sums
+    // behind.
+    const bool rows = view.position_stride == 1;
+    const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+    const int64_t widest = std::clamp<int64_t>(
+        rows ? kTask / std::max<int64_t>(view.positions, 1) : kMaxChannels, 1, kMaxChannels);
+    const int64_t chunk = std::clamp<int64_t>(view.channels, 1, widest);
+    const int64_t block = rows ? kBlock : std::max<int64_t>(kBlock / chunk, 256);
+    const int64_t chunks = ceil_div(view.channels, chunk),
+                  blocks = std::max<int64_t>(ceil_div(view.positions, block), 1);
     const int64_t tasks = view.outer * blocks * chunks;
     const int64_t task_size = std::max<int64_t>(std::min(block, view.positions) * chunk, 1);
     const int64_t columns = view.outer * view.channels;  // of [N, C], flat
     std::unique_ptr<double[]> partial(blocks > 1 ? new double[sums * blocks * columns] : nullptr);
 
-    torch::stable::parallel_for(0, tasks, std::max<int64_t>(kGrain / task_size, 1), [&](int64_t begin, int64_t end) {
-        double values[3 * kMaxChannels];
-        for (int64_t task = begin; task < end; ++task) {
-            const int64_t c = task % chunks * chunk, b = task / chunks % blocks, o = task / chunks / blocks;
-            const int64_t channels = std::min(chunk, view.channels - c);
-            const int64_t offset = ((o * view.positions + b * block) * view.channels + c) * item;
-            kernel({x_data + offset, g_data ? g_data + offset : nullptr, out_data ? out_data + offset : nullptr,
-                    std::min(block, view.positions - b * block), view.channels, channels},
-                   values);
-            for (int k = 0; k < sums; ++k) {
-                const int64_t first = o * view.channels + c;
-                if (blocks == 1)
-                    store(results[k], types[k], first, values + k * channels, channels);
-                else
-                    std::copy_n(values + k * channels, channels, &partial[(k * blocks + b) * columns + first]);
+    torch::stable::parallel_for(
+        0, tasks, std::max<int64_t>(kGrain / task_size, 1), [&](int64_t begin, int64_t end) {
+            double values[3 * kMaxChannels];
+            for (int64_t task = begin; task < end; ++task) {
+                const int64_t c = task % chunks * chunk, p = task / chunks % blocks * block,
+                              o = task / chunks / blocks;
+                const int64_t channels = std::min(chunk, view.channels - c);
+                const int64_t offset = item * (o * view.positions * view.channels + p * view.position_stride +
+                                               c * view.channel_stride);
+                kernel({x_data + offset, g_data ? g_data + offset : nullptr,
+                        out_data ? out_data + offset : nullptr, std::min(block, view.positions - p),
+                        view.position_stride, channels, view.channel_stride},
+                       values);
+                for (int k = 0; k < sums; ++k) {
+                    const int64_t first = o * view.channels + c;
+                    if (blocks == 1)
+                        store(results[k], types[k], first, values + k * channels, channels);
+                    else
+                        std::copy_n(values + k * channels, channels,
+                                    &partial[(k * blocks + p / block) * columns + first]);
+                }
             }
-        }
-    });
+        });
     if (blocks == 1) return;
 
     for (int k = 0; k < sums; ++k) {

@@ -1,6 +1,6 @@
-// Feature maps [N, C, *spatial] as the CPU operators see them: which of two memory layouts they have, how a second
-// map is brought to the first one's, and how a reduction over positions is cut into blocks and spread over threads.
-// Blocks depend on the shape alone, so results do not depend on the number of threads.
+// Feature maps [N, C, *spatial] as the CPU operators see them: which of two memory layouts they have, how a
+// second map is brought to the first one's, and how a reduction over positions is cut into blocks and spread
+// over threads. Blocks depend on the shape alone, so results do not depend on the number of threads.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -15,10 +15,11 @@ namespace taylored {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// A map seen as [outer, positions, channels] with channels adjacent. Channels-last memory is [N, P, C]; contiguous
-// memory is [N * C, P, 1]. Either way result (outer, channel) is element outer * channels + channel of [N, C].
+// A map as the kernels take it. Channels-last: N outer maps [P, C], channels adjacent. Contiguous: one map
+// whose "channels" are the N * C rows, positions adjacent. Either way result (outer, channel) is element
+// outer * channels + channel of [N, C].
 struct MapView {
-    int64_t outer, positions, channels;
+    int64_t outer, positions, position_stride, channels, channel_stride;
 };
 
 MapType map_type(const Tensor& x, const char* op, const char* name);

@@ -1,5 +1,5 @@
-// relu_backward: the gradient through ReLU (g where its output y is positive) and contribution(y, g), from one read
-// of both: the score rides on a pass that training makes anyway.
+// relu_backward: the gradient through ReLU (g where its output y is positive) and contribution(y, g), from
+// one read of both: the score rides on a pass that training makes anyway.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>

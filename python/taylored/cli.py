@@ -7,6 +7,7 @@ fine-tune in rounds, and measure what came of it. Everything it decides is an op
 import argparse
 import copy
 import dataclasses
+import importlib.util
 import json
 import math
 import sys
@@ -36,19 +37,27 @@ class OutError(ValueError):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0, 2 for what the user can mend, 130 when interrupted."""
+    """Run the command; returns its exit status: 0, 2 for what the options can mend, 1 for the disk, 130 when interrupted."""
     options = parser().parse_args(arguments)
     try:
         prune(options)
     except (*ERRORS, OutError) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        # A worker process hands its error over with its traceback in front of it.
-        print(f"taylored: {lines[-1] if lines[0].startswith('Caught ') else ' '.join(lines)}", file=sys.stderr)
+        print(f"taylored: {_one_line(error)}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a file that vanished: it says which
+        print(f"taylored: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\ntaylored: interrupted; the same command with --resume goes on from the last round", file=sys.stderr)
         return 130
     return 0
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if lines[0].startswith("Caught "):  # a worker process hands its error over behind its traceback and its type
+        return lines[-1].partition("Error: ")[2]
+    return " ".join(lines)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -206,6 +215,8 @@ def prune(options: argparse.Namespace) -> dict:
 
 def _prepare(options) -> Job:
     """Build, trace and check: whatever can be wrong with the options is found here."""
+    if not importlib.util.find_spec("matplotlib"):  # noticed now, not after hours of training
+        raise OutError(f"{REPORT} needs matplotlib: pip install 'taylored[cli]'")
     out = _folder(options.out)
     device = _device(options.device)
     if options.threads:

@@ -154,10 +154,10 @@ def _optimizer_jobs(plan, optimizer, names):
                         keeps = [{d: i for (t, d), i in plan.keep.items() if t == names.get(id(q))} for q in parameters]
                         flat.append((tensor, [(tuple(q.shape), k) for q, k in zip(parameters, keeps, strict=True)]))
             elif dims and isinstance(value, torch.Tensor) and value.ndim == p.ndim:
-                if all(v in (s, 1) for v, s in zip(value.shape, p.shape, strict=True)):
-                    mine = {d: indices for d, indices in dims.items() if value.shape[d] == p.shape[d]}
-                    if mine:
-                        jobs.append((_compactable(value, f"{key} of {name}", "optimizer"), mine))
+                fits = all(v in (s, 1) for v, s in zip(value.shape, p.shape, strict=True))
+                mine = {d: indices for d, indices in dims.items() if value.shape[d] == p.shape[d]}
+                if fits and mine:
+                    jobs.append((_compactable(value, f"{key} of {name}", "optimizer"), mine))
     return jobs, flat
 
 

@@ -82,7 +82,7 @@ def compact_(x: Tensor, keep: dict[int, Tensor]) -> Tensor:
     _ops.compact_.default(x, list(keep), list(keep.values()))
     shape = list(x.shape)
     for dim, index in keep.items():
-        shape[dim] = len(index)
+        shape[dim] = index.shape[0]
     return x.as_strided(shape, packed_strides(shape, x))
 
 
@@ -94,10 +94,12 @@ def is_dense(x: Tensor) -> bool:
 def packed_strides(shape: list[int], like: Tensor) -> list[int]:
     """Strides of dense memory of that shape, its dimensions nested as those of `like`."""
     strides, step = [0] * len(shape), 1
-    # Equal strides (dimensions of size one) are nested as in contiguous memory: the last dimension innermost.
-    for dim in sorted(range(len(shape)), key=lambda d: (like.stride(d), -d)):
+    order = range(len(shape) - 1, -1, -1)
+    if not like.is_contiguous():  # a stable sort: equal strides (dimensions of size one) keep contiguous order
+        order = sorted(order, key=like.stride)
+    for dim in order:
         strides[dim] = step
-        step *= max(shape[dim], 1)
+        step *= shape[dim] or 1
     return strides
 
 

@@ -157,7 +157,7 @@ class _Budget:
             return {name: target * number // self.rounds - gone if isinstance(target, int) else target}
         total = self.graph.flops if name == "target_flops" else self.graph.params
         fraction = target if isinstance(target, float) and target <= 1 else target / total
-        if not 0 < fraction:
+        if not fraction > 0:
             return self.given
         return {name: max(1, math.floor(total * min(fraction, 1.0) ** (number / self.rounds)))}
 

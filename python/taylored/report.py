@@ -177,10 +177,8 @@ def _rows(axes, names):
 
 
 def _figure(width, height):
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the report needs matplotlib: pip install 'taylored[cli]'") from error
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
     axes = figure.subplots()
     axes.set_facecolor("none")
