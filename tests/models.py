@@ -102,29 +102,28 @@ def randomised(model, x=None):
     signals keep their size in a deep net and the examples stay apart in the output."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
     flags = {m: m.training for m in model.modules()}
-    if x is not None:
-        model.eval()
-        momenta = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.train().momentum = 1.0
-        with torch.no_grad():
-            model(x)
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
     with torch.no_grad():
-        for norm in norms:
-            scale = norm.running_var.sqrt()
-            norm.running_mean.add_(0.2 * scale * torch.randn_like(scale))
-            norm.running_var.mul_(torch.rand_like(scale) + 0.5)
         for module in model.modules():
             affine = isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm))
             if affine and module.weight is not None:
-                module.weight.uniform_(0.7, 1.3)
+                module.weight.uniform_(0.8, 1.2)
                 if module.bias is not None:
-                    module.bias.normal_(0, 0.2)
+                    module.bias.normal_(0, 0.1)
         for name, parameter in model.named_parameters():
             if "layer_scale" in name:
                 parameter.uniform_(0.5, 1.5)
+        if x is not None:
+            model.eval()
+            momenta = [norm.momentum for norm in norms]
+            for norm in norms:
+                norm.train().momentum = 1.0
+            model(x)
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+        for norm in norms:
+            scale = norm.running_var.sqrt()
+            norm.running_mean.add_(0.1 * scale * torch.randn_like(scale))
+            norm.running_var.mul_(torch.rand_like(scale) + 0.75)
     for module, flag in flags.items():
         module.training = flag
     return model

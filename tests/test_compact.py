@@ -99,7 +99,7 @@ def test_removal_is_zeroing_to_the_last_digits(name, seed):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights_are_moved_exactly(dtype):
     model, x = nets.small("depthwise"), nets.inputs()
-    plan = random_plan(trace(model, x), 0.5)
+    plan = dataclasses.replace(random_plan(trace(model, x), 0.5), graph=None)  # the example inputs are float32
     half = copy.deepcopy(model).to(dtype)
     compact(model, plan), compact(half, plan)
     assert all(torch.equal(h, p.to(dtype)) for h, p in zip(half.parameters(), model.parameters(), strict=True))
@@ -219,7 +219,7 @@ def test_training_goes_on_as_if_small_from_the_start(kind):
     for _ in range(2):
         step(model, optimizer, x, y), step(reference, other, x, y)
         for (name, a), b in zip(model.state_dict().items(), reference.state_dict().values(), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=name)
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8, msg=name)  # NAdam keeps a float32
 
 
 def test_adafactors_factored_state_is_cut():

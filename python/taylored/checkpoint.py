@@ -53,8 +53,9 @@ def save(path, model: nn.Module, plan: PrunePlan, *, extra: dict | None = None, 
         "flops": plan.flops,
         "params": plan.params,
         "extra": extra or {},
-        "digest": _digest(state),
     }
+    header = json.loads(json.dumps(header))
+    header["digest"] = _digest(state, header)
     _write(Path(path), serialize(state, metadata={"format": FORMAT, "taylored": json.dumps(header)}))
 
 
@@ -102,7 +103,7 @@ def read(path) -> tuple[dict[str, torch.Tensor], PrunePlan, dict]:
                 raise CheckpointError(f"{path} was not written by taylored.save (format {metadata.get('format')!r})")
             header = json.loads(metadata["taylored"])
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        if _digest(state) != header["digest"]:
+        if _digest(state, header) != header.get("digest"):
             raise CheckpointError(f"{path} is damaged: its contents do not match their digest")
         keep, removed = {}, {}
         for name, tensor in state.items():
@@ -120,8 +121,9 @@ def read(path) -> tuple[dict[str, torch.Tensor], PrunePlan, dict]:
     return state, plan, header
 
 
-def _digest(state) -> str:
+def _digest(state, header) -> str:
     digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps({k: v for k, v in header.items() if k != "digest"}, sort_keys=True).encode())
     for name in sorted(state):
         tensor = state[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

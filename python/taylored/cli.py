@@ -319,6 +319,10 @@ def _cosine(share: float) -> float:
 def _prune(job, train, test, journal) -> taylored.PruneResult:
     """Rank, cut and fine-tune, at a constant learning rate until the last cut and a falling one after it."""
     s = job.settings
+    for module in job.model.modules():
+        # EfficientNet's 0.01 is meant for ImageNet's many steps: here the statistics that evaluation uses would lag behind.
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is not None:
+            module.momentum = max(module.momentum, 0.1)
     optimizer = torch.optim.AdamW(job.model.parameters(), lr=s["lr"], weight_decay=s["weight_decay"])
     cutting = updates(train, s["rounds"], s["round_epochs"], 0)
     tuning = max(1, updates(train, s["rounds"], s["round_epochs"], s["final_epochs"]) - cutting)

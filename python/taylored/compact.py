@@ -6,6 +6,7 @@ removing anything, by zeroing the units at their consumers: removal is zeroing, 
 """
 
 import contextlib
+import math
 import signal
 import threading
 
@@ -70,15 +71,18 @@ def compact(model: nn.Module, plan: PrunePlan, optimizer=None, also=(), *, relea
     model = getattr(model, "_orig_mod", model)
     tensors = named_tensors(model)
     jobs = _jobs(plan, tensors, "model", grads=True)
+    attributes = _attributes(model, plan)
     for number, copy in enumerate([also] if isinstance(also, (nn.Module, dict)) else also):
-        jobs += _jobs(plan, _tensors_of_copy(copy, plan, number), f"also[{number}]", grads=True)
+        copy = _twin(copy, plan, number)
+        jobs += _jobs(plan, copy if isinstance(copy, dict) else named_tensors(copy), f"also[{number}]", grads=True)
+        attributes += _attributes(copy, plan) if isinstance(copy, nn.Module) else []
     names = {id(t): name for name, t in tensors.items()}
     flat = []
-    for opt in [] if optimizer is None else optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]:
+    optimizers = [] if optimizer is None else optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+    for opt in optimizers:
         more, segments = _optimizer_jobs(plan, opt, names)
         jobs += more
         flat += segments
-    attributes = _attributes(model, plan)
     if plan.graph is not None:
         rehearse(model, plan)
     with _uninterrupted(), torch.no_grad():
@@ -86,6 +90,9 @@ def compact(model: nn.Module, plan: PrunePlan, optimizer=None, also=(), *, relea
             _replace(tensor, ops.compact_(tensor.data, dims))
         for tensor, segments in flat:
             _compact_flat(tensor, segments)
+        for opt in optimizers:
+            if isinstance(opt, torch.optim.LBFGS):
+                opt._numel_cache = None  # it remembers how many elements its parameters have
         for module, values in attributes:
             for name, value in values.items():
                 setattr(module, name, value)
@@ -129,15 +136,14 @@ def _compactable(tensor, name, what):
     return tensor
 
 
-def _tensors_of_copy(copy, plan, number) -> dict[str, torch.Tensor]:
-    if isinstance(copy, dict):
-        return copy
-    if not isinstance(copy, nn.Module):
+def _twin(copy, plan, number):
+    """The mapping, or the module that has the model's names: the copy itself or the one inside of it."""
+    if not isinstance(copy, (nn.Module, dict)):
         raise TypeError(f"also[{number}] must be a module or a mapping from name to tensor, got {type(copy).__name__}")
-    tensors = named_tensors(copy)
-    if not all(name in tensors for name in plan.shapes) and isinstance(getattr(copy, "module", None), nn.Module):
-        tensors = named_tensors(copy.module)
-    return tensors
+    inside = getattr(copy, "module", None) if isinstance(copy, nn.Module) else None
+    if isinstance(inside, nn.Module) and not all(name in named_tensors(copy) for name in plan.shapes):
+        return inside
+    return copy
 
 
 def _optimizer_jobs(plan, optimizer, names):
@@ -165,7 +171,7 @@ def _compact_flat(tensor, segments, chunk=1 << 17):
     """LBFGS keeps all parameters end to end in one vector: compact each stretch, then close the gaps."""
     source = target = 0
     for shape, dims in segments:
-        stretch = tensor.data[source : source + shape.numel() if isinstance(shape, torch.Size) else source + _numel(shape)]
+        stretch = tensor.data[source : source + math.prod(shape)]
         kept = ops.compact_(stretch.view(shape), dims).numel() if dims else stretch.numel()
         for start in range(0, kept, chunk):
             stop = min(start + chunk, kept)
@@ -173,10 +179,6 @@ def _compact_flat(tensor, segments, chunk=1 << 17):
         source += stretch.numel()
         target += kept
     tensor.data = tensor.data[:target]
-
-
-def _numel(shape):
-    return torch.Size(shape).numel()
 
 
 def _attributes(model, plan) -> list[tuple[nn.Module, dict[str, int]]]:

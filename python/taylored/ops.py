@@ -171,14 +171,14 @@ def _(token, x, g, key):
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, anchor, token, key):
-        ctx.save_for_backward(x, token)
-        ctx.key = key
+        ctx.save_for_backward(x)
+        ctx.token, ctx.key = token, key  # not saved: gates that share a token all declare to change it
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, g):
-        x, token = ctx.saved_tensors
-        torch.ops.taylored.record(token, x, g, ctx.key)
+        (x,) = ctx.saved_tensors
+        torch.ops.taylored.record(ctx.token, x, g, ctx.key)
         return g, None, None, None
 
 

@@ -1,0 +1,178 @@
+"""What is saved comes back; a file that is damaged, foreign or of another model is refused with the model untouched."""
+
+import copy
+import os
+
+import models as nets
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from taylored import checkpoint, compact, load, random_plan, save, trace
+from taylored.checkpoint import CheckpointError
+
+
+def saved(path, name="chain", seed=0, **options):
+    """A pruned model, its plan and the file it was saved to."""
+    model = nets.small(name, seed)
+    plan = random_plan(trace(model, nets.inputs()), 0.5)
+    compact(model, plan)
+    save(path, model, plan, **options)
+    return model, plan
+
+
+@pytest.mark.parametrize("name", nets.NETS)
+def test_a_round_trip_gives_equal_outputs(tmp_path, name):
+    model, plan = saved(tmp_path / "m", name)
+    fresh = nets.small(name, seed=1)
+    parameters = list(fresh.parameters())
+    assert load(tmp_path / "m", fresh) == plan
+    assert torch.equal(fresh(nets.inputs()), model(nets.inputs()))
+    assert all(a is b for a, b in zip(parameters, fresh.parameters(), strict=True))
+
+
+def test_the_loaded_plan_keeps_its_figures(tmp_path):
+    _, plan = saved(tmp_path / "m")
+    loaded = load(str(tmp_path / "m"), nets.small())
+    assert (loaded.flops, loaded.params, repr(loaded)) == (plan.flops, plan.params, repr(plan))
+
+
+def test_extras_come_back(tmp_path):
+    tensors = {"a": torch.arange(3), "b": torch.zeros(0, 2), "c": torch.ones((), dtype=torch.bfloat16)}
+    saved(tmp_path / "m", extra={"note": [1, 2.5, "x", None]}, tensors=tensors)
+    state, _, header = checkpoint.read(tmp_path / "m")
+    assert header["extra"] == {"note": [1, 2.5, "x", None]}
+    assert all(torch.equal(state[f"extra:{n}"], t) and state[f"extra:{n}"].dtype == t.dtype for n, t in tensors.items())
+
+
+def test_a_file_is_a_state_dict_for_any_reader(tmp_path):
+    model, _ = saved(tmp_path / "m")
+    weights = {n: t for n, t in load_file(tmp_path / "m").items() if ":" not in n}
+    assert all(torch.equal(weights[n], t) for n, t in model.state_dict().items())
+
+
+def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
+    def tied(seed):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+        model[2].weight = model[1].weight
+        return model
+
+    model, x = tied(0), torch.randn(1, 3, 9, 9)
+    plan = random_plan(trace(model, x), 0.5)
+    compact(model, plan)
+    save(tmp_path / "m", model, plan)
+    assert ("1.weight" in load_file(tmp_path / "m")) != ("2.weight" in load_file(tmp_path / "m"))
+    fresh = tied(1)
+    load(tmp_path / "m", fresh)
+    assert fresh[1].weight is fresh[2].weight
+    assert torch.equal(fresh(x), model(x))
+
+
+def test_every_truncation_is_refused(tmp_path):
+    saved(tmp_path / "m")
+    data, fresh = (tmp_path / "m").read_bytes(), nets.small(seed=1)
+    before = nets.snapshot(fresh)
+    for length in [*range(0, 24), *range(24, len(data), len(data) // 60), len(data) - 1]:
+        (tmp_path / "cut").write_bytes(data[:length])
+        with pytest.raises(CheckpointError):
+            load(tmp_path / "cut", fresh)
+    (tmp_path / "cut").write_bytes(data + b"x")
+    with pytest.raises(CheckpointError):
+        load(tmp_path / "cut", fresh)
+    assert nets.unchanged(before, fresh)
+
+
+def test_every_flipped_bit_is_refused(tmp_path):
+    model, plan = saved(tmp_path / "m")
+    data, fresh = bytearray((tmp_path / "m").read_bytes()), nets.small(seed=1)
+    before, silent = nets.snapshot(fresh), []
+    header = 8 + int.from_bytes(data[:8], "little")
+    for place in [*range(0, header, 5), *range(header, len(data), 41), len(data) - 1]:
+        data[place] ^= 1 << place % 8
+        (tmp_path / "flip").write_bytes(data)
+        data[place] ^= 1 << place % 8
+        try:
+            load(tmp_path / "flip", fresh)
+            silent.append((place, bytes(data[max(0, place - 30) : place + 20])))
+            break
+        except CheckpointError:
+            continue
+    assert not silent
+    assert nets.unchanged(before, fresh)
+
+
+def test_foreign_files_are_refused(tmp_path):
+    fresh = nets.small()
+    before = nets.snapshot(fresh)
+    save_file(dict(fresh.state_dict()), tmp_path / "plain")
+    torch.save(fresh.state_dict(), tmp_path / "pickle")
+    (tmp_path / "text").write_text("hello")
+    for name, message in (("plain", "not written by"), ("pickle", "damaged or no"), ("text", "damaged or no")):
+        with pytest.raises(CheckpointError, match=message):
+            load(tmp_path / name, fresh)
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "nowhere", fresh)
+    assert nets.unchanged(before, fresh)
+
+
+def wider():
+    model = nets.small()
+    model.head = nn.Linear(96, 7)
+    return model
+
+
+def pruned():
+    model = nets.small()
+    compact(model, random_plan(trace(model, nets.inputs()), 0.5, seed=1))
+    return model
+
+
+@pytest.mark.parametrize("other", [lambda: nets.small("residual"), lambda: nets.small("twice"), wider, pruned])
+def test_another_model_is_refused_untouched(tmp_path, other):
+    saved(tmp_path / "m")
+    model = other()
+    before = nets.snapshot(model)
+    with pytest.raises(CheckpointError, match=r"m: |m does not fit|m was pruned"):
+        load(tmp_path / "m", model)
+    assert nets.unchanged(before, model)
+
+
+def test_saving_replaces_and_leaves_no_other_file(tmp_path):
+    saved(tmp_path / "m")
+    model, _ = saved(tmp_path / "m", seed=3)
+    assert os.listdir(tmp_path) == ["m"]
+    fresh = nets.small()
+    load(tmp_path / "m", fresh)
+    assert torch.equal(fresh(nets.inputs()), model(nets.inputs()))
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failing_write_keeps_the_old_file(tmp_path, monkeypatch, call):
+    saved(tmp_path / "m")
+    old = (tmp_path / "m").read_bytes()
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(OSError, match="no space"):
+        saved(tmp_path / "m", seed=3)
+    assert os.listdir(tmp_path) == ["m"] and (tmp_path / "m").read_bytes() == old
+
+
+def test_saving_changes_no_model(tmp_path):
+    model = nets.small()
+    plan = random_plan(trace(model, nets.inputs()), 0.5)
+    compact(model, plan)
+    before = nets.snapshot(model)
+    save(tmp_path / "m", copy.copy(model), plan, extra={"a": 1})
+    assert nets.unchanged(before, model)
+
+
+def test_loading_keeps_the_models_own_type_and_device(tmp_path):
+    saved(tmp_path / "m")
+    fresh = nets.small().double()
+    load(tmp_path / "m", fresh)
+    assert all(p.dtype == torch.float64 for p in fresh.parameters())

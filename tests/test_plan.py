@@ -1,0 +1,256 @@
+"""Budgets are met, limits are kept, errors name the argument, and plans are values that compose."""
+
+import copy
+import pickle
+
+import models as nets
+import pytest
+import torch
+
+from taylored import PlanError, PrunePlan, compact, make_plan, random_plan, trace
+
+
+def graph_of(name="depthwise", **options):
+    return trace(nets.small(name), nets.inputs(), **options)
+
+
+def scores_of(graph, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {g.name: torch.rand(g.units, generator=generator, dtype=torch.float64) for g in graph.groups}
+
+
+@pytest.mark.parametrize("name", nets.NETS)
+@pytest.mark.parametrize("budget", ["target_flops", "target_params"])
+@pytest.mark.parametrize("fraction", [1.0, 0.9, 0.7, 0.5])
+def test_budgets_are_met_and_not_overshot(name, budget, fraction):
+    graph = graph_of(name)
+    scores = scores_of(graph)
+    plan = make_plan(graph, scores, **{budget: fraction})
+    before, after = plan.flops if budget == "target_flops" else plan.params
+    assert after <= fraction * before
+    gone = sum(map(len, plan.removed.values()))
+    if gone:  # one unit fewer would not do
+        less = make_plan(graph, scores, remove_units=gone - 1)
+        assert (less.flops if budget == "target_flops" else less.params)[1] > fraction * before
+    assert make_plan(graph, scores, **{budget: int(fraction * before)}) == plan
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 14])
+def test_so_many_units_go(count):
+    plan = make_plan(graph_of(), scores_of(graph_of()), remove_units=count)
+    assert sum(map(len, plan.removed.values())) == count
+
+
+def test_promised_sizes_are_those_of_the_model():
+    for name in nets.NETS:
+        model = nets.small(name)
+        graph = trace(model, nets.inputs())
+        plan = make_plan(graph, scores_of(graph), target_flops=0.6)
+        compact(model, plan)
+        again = trace(model, nets.inputs())
+        assert (again.flops, again.params) == (plan.flops[1], plan.params[1])
+        assert {n: tuple(p.shape) for n, p in model.state_dict().items() if n in plan.shapes} == {
+            n: plan.shape_after(n) for n in plan.shapes
+        }
+
+
+def test_the_lowest_scores_go():
+    graph = graph_of("chain")
+    scores = {"first": torch.tensor([3.0, 1, 4, 1.5, 5, 9, 2, 6]), "second": torch.full((6,), 100.0)}
+    plan = make_plan(graph, scores, remove_units=3, normalize="none", flops_weight=0)
+    assert {n: u.tolist() for n, u in plan.removed.items()} == {"first": [1, 3, 6]}
+    assert plan.keep["first.weight", 0].tolist() == plan.keep["second.weight", 1].tolist() == [0, 2, 4, 5, 7]
+
+
+@pytest.mark.parametrize(
+    ("normalize", "norm"),
+    [
+        ("none", lambda s: 1.0),
+        ("l2", lambda s: s.pow(2).sum().sqrt()),
+        ("l1", lambda s: s.abs().sum()),
+        ("max", lambda s: s.abs().max()),
+        ("mean", lambda s: s.abs().mean()),
+    ],
+)
+@pytest.mark.parametrize("weight", [0.0, 1e-3, 0.5])
+def test_scores_are_normalised_and_charged_as_written(normalize, norm, weight):
+    graph = graph_of("residual")
+    scores = {n: s * 10**i for i, (n, s) in enumerate(scores_of(graph).items())}
+    saved = {g.name: graph.flops - graph.after({g.name: torch.tensor([0])}).flops for g in graph.groups}
+    dear = max(saved.values())
+    ranked = sorted(
+        (float(v / norm(scores[g.name]) - weight * saved[g.name] / dear), g.name, u)
+        for g in graph.groups for u, v in enumerate(scores[g.name])
+    )  # fmt: skip
+    plan = make_plan(graph, scores, remove_units=6, normalize=normalize, flops_weight=weight)
+    assert {(n, int(u)) for n, units in plan.removed.items() for u in units} == {(n, u) for _, n, u in ranked[:6]}
+
+
+def test_scores_of_zero_are_no_division_by_zero():
+    graph = graph_of("chain")
+    plan = make_plan(graph, {g.name: torch.zeros(g.units) for g in graph.groups}, target_flops=0.5)
+    assert plan.flops[1] <= 0.5 * plan.flops[0]
+
+
+@pytest.mark.parametrize("round_to", [2, 4])
+def test_kept_channels_divide_by_round_to(round_to):
+    graph = graph_of("concatenation")
+    plan = make_plan(graph, scores_of(graph), target_flops=0.8, round_to=round_to)
+    assert plan.removed
+    for name in plan.removed:
+        assert plan.kept[name] % round_to == 0
+
+
+def test_min_units_stay():
+    graph = graph_of("chain")
+    plan = make_plan(graph, scores_of(graph), remove_units=7, min_units={"first": 5, "second": 2})
+    assert plan.kept == {"first": 5, "second": 2}
+    plan = make_plan(graph, scores_of(graph), remove_units=8, min_units=3)
+    assert plan.kept == {"first": 3, "second": 3}
+
+
+def test_max_ratio_limits_each_group():
+    graph = graph_of("chain")
+    assert make_plan(graph, scores_of(graph), remove_units=7, max_ratio=0.5).kept == {"first": 4, "second": 3}
+    assert make_plan(graph, scores_of(graph), remove_units=2, max_ratio={"first": 0.25, "second": 0.0}).kept == {"first": 6, "second": 6}
+
+
+def test_every_group_keeps_a_unit():
+    graph = graph_of()
+    most = graph.units - len(graph.groups)
+    assert set(make_plan(graph, scores_of(graph), remove_units=most).kept.values()) == {1}
+
+
+def test_ignored_layers_stay():
+    model = nets.small("residual")
+    graph = trace(model, nets.inputs())
+    for ignore in ("inner", model.inner, [model.inner], ("inner",)):
+        assert "inner" not in make_plan(graph, scores_of(graph), target_flops=0.6, ignore=ignore).removed
+    sequence = nets.small("flatten")
+    graph = trace(sequence, nets.inputs())
+    plan = make_plan(graph, scores_of(graph), remove_units=3, ignore="features.0")
+    assert set(plan.removed) == {"features.3"}
+    assert not make_plan(graph, scores_of(graph), remove_units=0, ignore=sequence.features).removed
+
+
+def test_groups_without_scores_stay():
+    graph = graph_of("chain")
+    assert set(make_plan(graph, {"first": torch.ones(8)}, remove_units=3).removed) == {"first"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "exactly one of"),
+        ({"target_flops": 0.5, "target_params": 0.5}, "exactly one of"),
+        ({"target_flops": 0.0}, "target_flops"),
+        ({"target_flops": -3}, "target_flops"),
+        ({"target_params": 0.5, "max_ratio": 0.1}, "target_params=0.5"),
+        ({"target_flops": 1}, "cannot be met"),
+        ({"target_flops": float("nan")}, "target_flops"),
+        ({"remove_units": 10**6}, "remove_units"),
+        ({"remove_units": -1}, "remove_units"),
+        ({"remove_units": 2.5}, "remove_units"),
+        ({"remove_units": 1, "normalize": "l3"}, "normalize"),
+        ({"remove_units": 1, "round_to": 0}, "round_to"),
+        ({"remove_units": 1, "round_to": 1.5}, "round_to"),
+        ({"remove_units": 1, "min_units": 0}, "min_units"),
+        ({"remove_units": 1, "min_units": {"first": 0}}, "min_units"),
+        ({"remove_units": 1, "max_ratio": 1.5}, "max_ratio"),
+        ({"remove_units": 1, "ignore": "nowhere"}, "ignore"),
+        ({"remove_units": 1, "ignore": [torch.nn.ReLU()]}, "ignore"),
+        ({"remove_units": 1, "min_units": {"nowhere": 2}}, "min_units"),
+        ({"remove_units": 1, "max_ratio": {"nowhere": 0.5}}, "max_ratio"),
+    ],
+)
+def test_errors_name_the_argument(options, message):
+    graph = graph_of("chain")
+    with pytest.raises(PlanError, match=message):
+        make_plan(graph, scores_of(graph), **options)
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ({"nowhere": torch.ones(8)}, "nowhere"),
+        ({"first": torch.ones(9)}, r"scores\['first'\] must have shape \(8,\)"),
+        ({"first": torch.full((8,), torch.nan)}, r"scores\['first'\] is not finite"),
+    ],
+)
+def test_unusable_scores_are_named(scores, message):
+    with pytest.raises(PlanError, match=message):
+        make_plan(graph_of("chain"), scores, remove_units=1)
+
+
+@pytest.mark.parametrize("units", [[8], [-1], list(range(8))])
+def test_removed_units_must_exist_and_leave_one(units):
+    with pytest.raises(PlanError, match=r"removed\['first'\]"):
+        PrunePlan.of(graph_of("chain"), {"first": torch.tensor(units)})
+
+
+def test_a_group_that_does_not_exist_cannot_be_removed_from():
+    with pytest.raises(PlanError, match="nowhere"):
+        PrunePlan.of(graph_of("chain"), {"nowhere": torch.tensor([0])})
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.1])
+def test_random_plans_take_a_ratio(ratio):
+    with pytest.raises(PlanError, match="ratio"):
+        random_plan(graph_of("chain"), ratio)
+
+
+def test_random_plans_depend_on_their_seed_alone():
+    graph = graph_of()
+    assert random_plan(graph, 0.5, 3) == random_plan(graph, 0.5, 3) != random_plan(graph, 0.5, 4)
+    assert set(random_plan(graph, 1.0).kept.values()) == {1}
+    assert not random_plan(graph, 0.0).removed
+
+
+@pytest.mark.parametrize("name", nets.NETS)
+def test_two_rounds_compose_to_one(name):
+    x, rounds, once = nets.inputs(), nets.small(name), nets.small(name)
+    graph = trace(rounds, x)
+    first = make_plan(graph, scores_of(graph), target_flops=0.8)
+    compact(rounds, first)
+    after = graph.after(first.removed)
+    second = make_plan(after, scores_of(after, 1), target_flops=0.7)
+    compact(rounds, second)
+    both = first.then(second)
+    compact(once, both)
+    assert all(torch.equal(t, once.state_dict()[n]) for n, t in rounds.state_dict().items())
+    assert both == PrunePlan.of(graph, both.removed)
+    assert (both.flops, both.params) == ((graph.flops, second.flops[1]), (graph.params, second.params[1]))
+    assert torch.equal(rounds(x), once(x))
+
+
+def test_composition_is_associative_and_has_a_unit():
+    graph, plans, current = graph_of(), [], graph_of()
+    for seed in range(3):
+        plans.append(random_plan(current, 0.3, seed))
+        current = current.after(plans[-1].removed)
+    a, b, c = plans
+    assert a.then(b).then(c) == a.then(b.then(c))
+    assert PrunePlan.of(graph, {}).then(a) == a == a.then(PrunePlan.of(graph.after(a.removed), {}))
+
+
+def test_plans_that_do_not_follow_are_refused():
+    plan = random_plan(graph_of("chain"), 0.5)
+    with pytest.raises(PlanError, match="later plan starts from"):
+        plan.then(plan)
+
+
+def test_plans_are_values():
+    graph = graph_of()
+    plan, other = random_plan(graph, 0.5), random_plan(graph, 0.3)
+    assert plan == copy.deepcopy(plan) == pickle.loads(pickle.dumps(plan)) != other
+    assert plan != "plan" and "removes" in repr(plan)
+    with pytest.raises(TypeError):
+        hash(plan)
+
+
+def test_planning_changes_no_scores():
+    graph = graph_of("chain")
+    scores = scores_of(graph)
+    kept = {n: s.clone() for n, s in scores.items()}
+    make_plan(graph, scores, target_flops=0.5)
+    assert all(torch.equal(scores[n], kept[n]) for n in kept)

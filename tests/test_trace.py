@@ -1,0 +1,329 @@
+"""What a trace finds: how much can go, what hangs together, and why the rest stays. It leaves the model alone."""
+
+import contextlib
+import pickle
+
+import models as nets
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import models
+
+from taylored import TraceError, compact, masked, random_plan, trace
+
+LIBRARY = torch.library.Library("taylored_tests", "FRAGMENT")
+LIBRARY.define("opaque(Tensor x) -> Tensor")
+LIBRARY.impl("opaque", lambda x: x * 1, "CPU")
+LIBRARY.impl("opaque", lambda x: torch.empty_like(x), "Meta")
+
+SHARES = {
+    "alexnet": 0.94, "vgg16": 0.94, "resnet18": 0.94, "resnet50": 0.94, "resnext50_32x4d": 0.94, "densenet121": 0.94,
+    "googlenet": 0.94, "mobilenet_v2": 0.94, "mobilenet_v3_small": 0.94, "mnasnet0_5": 0.94, "efficientnet_b0": 0.94,
+    "regnet_x_400mf": 0.94, "regnet_y_400mf": 0.94, "squeezenet1_0": 0.74, "shufflenet_v2_x1_0": 0.70,
+}  # fmt: skip
+
+
+def build(name, **options):
+    """A model of torchvision without its numbers."""
+    options |= {"init_weights": False} if name == "googlenet" else {}
+    with contextlib.nullcontext() if name.startswith("regnet") else torch.device("meta"):  # regnet computes its widths
+        return models.get_model(name, weights=None, **options)
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_most_filters_are_prunable(name):
+    graph = trace(build(name), torch.randn(1, 3, 96, 96))
+    assert graph.prunable_filters >= SHARES[name] * graph.filters
+
+
+def test_vgg16_has_a_group_per_convolution():
+    graph = trace(build("vgg16"), torch.randn(1, 3, 64, 64))
+    assert (len(graph.groups), graph.units) == (13, 4224)
+    assert all(g.layers == (g.name,) and g.layers[0].startswith("features.") for g in graph.groups)
+    assert graph.group("features.28").inputs["classifier.0"].shape == (512, 49)
+    assert trace(build("vgg16"), torch.randn(1, 3, 64, 64), fully_connected=True).units == 4224 + 2 * 4096
+
+
+def test_convnext_is_explained_by_its_layer_norms():
+    graph = trace(build("convnext_tiny"), torch.randn(1, 3, 64, 64))
+    assert "layer norm" in graph.explain()
+    assert graph.units > 0  # the wide layers of its blocks
+
+
+def test_flops_and_parameters_are_counted_exactly():
+    model, x = models.mobilenet_v3_small(weights=None).eval(), torch.randn(2, 3, 64, 64)
+    graph = trace(model, x)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x)
+    assert graph.flops == counter.get_total_flops()
+    assert graph.params == sum(p.numel() for p in model.parameters())
+
+
+def test_explain_lists_every_layer_with_a_reason():
+    graph = trace(build("resnet18"), torch.randn(1, 3, 64, 64))
+    text = graph.explain()
+    assert all(name in text for name in graph.layers)
+    assert "fully connected" in graph.explain("fc") or "output" in graph.explain("fc")
+    with pytest.raises(KeyError, match="nowhere"):
+        graph.explain("nowhere")
+    with pytest.raises(KeyError, match="no group 'nowhere'"):
+        graph.group("nowhere")
+
+
+class Net(nn.Module):
+    """Two convolutions with something in between, and a head."""
+
+    def __init__(self, between, widths=(8, 8), last=None):
+        super().__init__()
+        self.first, self.between = nn.Conv2d(3, widths[0], 3, padding=1), between
+        self.last, self.head = last or nn.Conv2d(widths[1], 6, 3, padding=1), nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.head(self.last(self.between(self.first(x)).tanh()).tanh().mean((2, 3)))
+
+
+class Call(nn.Module):
+    def __init__(self, function, **modules):
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def check(model, x, ratio=0.5):
+    """Removal is zeroing; returns the graph."""
+    model.eval()
+    graph = trace(model, x)
+    assert graph.units > 0
+    plan = random_plan(graph, ratio)
+    with torch.no_grad():
+        call = (lambda: model(**x)) if isinstance(x, dict) else (lambda: model(*x)) if isinstance(x, tuple) else lambda: model(x)
+        with masked(model, graph, plan):
+            expected = call()
+        compact(model, plan)
+        actual = call()
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    assert plan.params[1] == sum(p.numel() for p in model.parameters()) < plan.params[0]
+    return graph
+
+
+def shuffle(groups):
+    def function(_, x):
+        n, c, h, w = x.shape
+        return x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+    return function
+
+
+def halves(_, x):
+    a, b = x.chunk(2, 1)
+    return a * b.sigmoid()
+
+
+def crossed(_, x):
+    a, b = x.split(x.shape[1] // 2, 1)
+    return torch.cat([b, a], 1)
+
+
+BETWEEN = {
+    "group_norm": lambda: Net(nn.GroupNorm(4, 8)),
+    "instance_norm": lambda: Net(nn.InstanceNorm2d(8, affine=True, track_running_stats=True)),
+    "instance_norm_bare": lambda: Net(nn.InstanceNorm2d(8)),
+    "transposed": lambda: Net(nn.ConvTranspose2d(8, 6, 2, stride=2), (8, 6)),
+    "transposed_depthwise": lambda: Net(nn.ConvTranspose2d(8, 8, 2, stride=2, groups=8)),
+    "grouped": lambda: Net(nn.Conv2d(8, 8, 3, padding=1, groups=4)),
+    "chunk": lambda: Net(Call(halves), (8, 4)),
+    "split": lambda: Net(Call(crossed)),
+    "shuffle": lambda: Net(Call(shuffle(2))),
+    "channel_shuffle": lambda: Net(nn.ChannelShuffle(2)),
+    "pixel_shuffle": lambda: Net(nn.PixelShuffle(2), (16, 4)),
+    "pixel_unshuffle": lambda: Net(nn.PixelUnshuffle(2), (4, 16)),
+    "prelu": lambda: Net(nn.PReLU(8)),
+    "upsample": lambda: Net(nn.Upsample(scale_factor=2, mode="bilinear")),
+    "max_pool": lambda: Net(nn.MaxPool2d(2)),
+    "channel_pad": lambda: Net(Call(lambda _, x: F.pad(x, (0, 0, 0, 0, 0, 2))), (8, 10)),
+    "reflection_pad": lambda: Net(nn.ReflectionPad2d(1)),
+    "dropout": lambda: Net(nn.Dropout2d(0.5)),
+    "stochastic": lambda: Net(Call(lambda _, x: x + x.new_zeros(x.shape))),
+    "einsum": lambda: Net(Call(lambda _, x: torch.einsum("nchw->nchw", x) * 2)),
+    "linear_at_every_position": lambda: Net(Call(lambda m, x: m.mix(x.movedim(1, -1)).movedim(-1, 1), mix=nn.Linear(8, 6)), (8, 6)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_removal_is_zeroing_through(name):
+    torch.manual_seed(0)
+    check(nets.randomised(BETWEEN[name]()), nets.inputs())
+
+
+@pytest.mark.parametrize("dimension", [1, 3])
+def test_one_and_three_dimensional_nets_are_pruned(dimension):
+    convolution, norm = getattr(nn, f"Conv{dimension}d"), getattr(nn, f"BatchNorm{dimension}d")
+    model = nn.Sequential(convolution(2, 8, 3), norm(8), nn.ReLU(), convolution(8, 6, 3), nn.Flatten(), nn.Linear(6 * 2**dimension, 4))
+    check(nets.randomised(model), torch.randn(2, 2, *[6] * dimension))
+
+
+def test_a_module_that_is_called_twice_is_one_group():
+    model = nets.small("twice")
+    graph = check(model, nets.inputs())
+    (group,) = (g for g in graph.groups if "shared" in g.layers)
+    assert {"stem", "shared"} == set(group.layers) and graph.layers["shared"].calls == 2
+
+
+def test_tied_weights_are_cut_once():
+    model = Net(nn.Conv2d(8, 8, 3, padding=1), last=nn.Conv2d(8, 8, 3, padding=1))
+    model.head = nn.Linear(8, 5)
+    model.last.weight = model.between.weight
+    check(model, nets.inputs())
+    assert model.last.weight is model.between.weight
+
+
+def test_dictionaries_tuples_and_tuple_outputs_are_taken():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+        def forward(self, left, right):
+            return {"out": self.last(self.a(left) + self.b(right))}["out"]
+
+    x = nets.inputs()
+    check(Two(), (x, x))
+    check(Two(), {"right": x, "left": x})
+    with pytest.raises(TypeError, match="example_inputs"):
+        trace(Two(), 3)
+
+
+def test_intermediate_outputs_stay_whole():
+    model = Net(nn.ReLU())
+    model.forward = lambda x: (model.first(x), model.last(model.first(x)))
+    assert "the model's output" in trace(model, nets.inputs()).explain("first")
+
+
+def test_an_op_without_a_rule_freezes_and_says_so():
+    model = Net(Call(lambda _, x: torch.ops.taylored_tests.opaque(x)))
+    graph = trace(model, nets.inputs())
+    assert "opaque" in graph.explain("first") and "no rule" in graph.explain("first")
+    assert not any("first" in g.layers for g in graph.groups)
+
+
+@pytest.mark.parametrize(
+    ("between", "reason"),
+    [
+        (Call(lambda _, x: x.softmax(1)), "softmax"),
+        (nn.GroupNorm(1, 8), "statistics over all channels"),
+        (Call(lambda _, x: x / x.norm(dim=1, keepdim=True)), "over the channels"),
+        (Call(lambda _, x: torch.cat(x.split([3, 5], 1)[::-1], 1)), "unequal pieces"),
+        (Call(lambda _, x: x + torch.arange(8.0, device=x.device).view(1, 8, 1, 1)), "constant"),
+    ],
+)
+def test_what_cannot_shrink_is_frozen_with_its_reason(between, reason):
+    graph = trace(Net(between), nets.inputs())
+    assert reason in graph.explain("first")
+    assert not any("first" in g.layers for g in graph.groups)
+
+
+def test_a_model_that_looks_at_its_data_runs_for_real():
+    def function(_, x):
+        return x if float(x.sum().detach()) > 1e9 else x.relu()
+
+    check(Net(Call(function)), nets.inputs())
+    with pytest.raises(TraceError):
+        trace(Net(Call(function)).to("meta"), nets.inputs().to("meta"))
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_a_trace_leaves_no_trace(real):
+    def function(_, x):
+        return x.relu() if not real or float(x.sum()) < 1e9 else x
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Call(function), nn.Dropout(0.5), nn.Conv2d(8, 4, 3))
+    model[1].eval()  # a mixture of flags
+    before, state = nets.snapshot(model), torch.get_rng_state()
+    trace(model, nets.inputs())
+    assert nets.unchanged(before, model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [m.training for m in model] == [True, False, True, True, True]
+
+
+def test_a_failing_trace_leaves_no_trace_and_names_the_line():
+    model = Net(nn.ReLU(), (8, 9))
+    before = nets.snapshot(model)
+    with pytest.raises(TraceError, match=r"test_trace\.py:\d+"):
+        trace(model, nets.inputs())
+    assert nets.unchanged(before, model)
+    assert not nn.modules.module._global_forward_pre_hooks
+
+
+def test_auxiliary_heads_train_on_after_the_cut():
+    model = models.googlenet(weights=None, init_weights=False, aux_logits=True, num_classes=10).eval()
+    graph = trace(model, torch.randn(1, 3, 64, 64))
+    assert any(name.startswith("aux1") for g in graph.groups for name in g.inputs)
+    compact(model, random_plan(graph, 0.5))
+    outputs = model.train()(torch.randn(2, 3, 64, 64))
+    sum(o.sum() for o in outputs).backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
+
+
+def test_unused_parameters_are_left_with_a_warning():
+    model = Net(nn.ReLU())
+    model.spare = nn.Conv2d(8, 8, 3)
+    with pytest.warns(UserWarning, match="spare"):
+        graph = trace(model, nets.inputs())
+    compact(model, random_plan(graph, 0.5))
+    assert model.spare.weight.shape == (8, 8, 3, 3)
+
+
+def test_a_model_without_data_is_traced_as_one_with():
+    real, meta = models.resnet18(weights=None), build("resnet18")
+    a, b = trace(real, torch.randn(1, 3, 64, 64)), trace(meta, torch.randn(1, 3, 64, 64, device="meta"))
+    assert repr(a) == repr(b)
+    assert random_plan(a, 0.5) == random_plan(b, 0.5)
+
+
+def test_groups_partition_their_channels():
+    graph = trace(nets.small("concatenation"), nets.inputs())
+    owned: dict = {}
+    for group in graph.groups:
+        for key, slots in group.slots.items():
+            owned.setdefault(key, []).append(slots.flatten())
+    for (tensor, d), parts in owned.items():
+        indices = torch.cat(parts)
+        assert len(indices.unique()) == len(indices) and int(indices.max()) < graph.shapes[tensor][d]
+
+
+def test_the_graph_after_a_cut_is_the_trace_of_the_smaller_model():
+    for name in nets.NETS:
+        model, x = nets.small(name), nets.inputs()
+        graph = trace(model, x)
+        plan = random_plan(graph, 0.5)
+        after = graph.after(plan.removed)
+        compact(model, plan)
+        again = trace(model, x)
+        assert (after.flops, after.params, after.shapes) == (again.flops, again.params, again.shapes)
+        assert random_plan(after, 0.5) == random_plan(again, 0.5)
+
+
+def test_a_graph_can_be_pickled():
+    graph = trace(nets.small("residual"), nets.inputs())
+    again = pickle.loads(pickle.dumps(graph))
+    assert repr(again) == repr(graph) and random_plan(again, 0.5) == random_plan(graph, 0.5)
+
+
+def test_lazy_models_and_no_models_are_refused():
+    with pytest.raises(ValueError, match="lazy"):
+        trace(nn.Sequential(nn.LazyConv2d(4, 3)), nets.inputs())
+    with pytest.raises(TypeError, match="model must be"):
+        trace(torch.relu, nets.inputs())
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, contextlib.nullcontext])
+def test_the_surrounding_grad_mode_does_not_matter(context):
+    with context():
+        graph = trace(nets.NETS["chain"](), nets.inputs())
+    assert graph.units == 14
