@@ -52,7 +52,7 @@ class TaylorScorer:
         """Forget all scores."""
         self._totals: dict[str, torch.Tensor] = {}
         self._examples: dict[str, int] = {}
-        self._arrived: dict[str, list[torch.Tensor]] = {}
+        self._arrived: dict[int, dict[str, list[torch.Tensor]]] = {}
 
     def __enter__(self):
         if self._handles:
@@ -75,14 +75,16 @@ class TaylorScorer:
         _forget_compiled()
 
     def _record(self, name, axis, x, g):
-        if not self._arrived:
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        task = torch._C._current_graph_task_id()  # one backward pass; a failed one never ends
+        if task not in self._arrived:
+            self._arrived[task] = {}
+            torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._finish, task))
         t = ops.contribution(x.movedim(axis, 1), g.movedim(axis, 1))  # [N, C]
-        self._arrived.setdefault(name, []).append(t)
+        self._arrived[task].setdefault(name, []).append(t)
 
-    def _finish(self):
+    def _finish(self, task):
         """A backward pass has ended: add up each unit's consumers, example by example."""
-        arrived, self._arrived = self._arrived, {}
+        arrived = self._arrived.pop(task, {})
         for group in self.graph.groups:
             passes: dict[int, list[torch.Tensor]] = {}
             for name, slots in group.inputs.items():
