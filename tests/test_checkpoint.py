@@ -85,7 +85,7 @@ def test_every_truncation_is_refused(tmp_path):
 
 
 def test_every_flipped_bit_is_refused(tmp_path):
-    model, plan = saved(tmp_path / "m")
+    _model, _plan = saved(tmp_path / "m")
     data, fresh = bytearray((tmp_path / "m").read_bytes()), nets.small(seed=1)
     before, silent = nets.snapshot(fresh), []
     header = 8 + int.from_bytes(data[:8], "little")

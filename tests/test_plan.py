@@ -112,7 +112,10 @@ def test_min_units_stay():
 def test_max_ratio_limits_each_group():
     graph = graph_of("chain")
     assert make_plan(graph, scores_of(graph), remove_units=7, max_ratio=0.5).kept == {"first": 4, "second": 3}
-    assert make_plan(graph, scores_of(graph), remove_units=2, max_ratio={"first": 0.25, "second": 0.0}).kept == {"first": 6, "second": 6}
+    assert make_plan(graph, scores_of(graph), remove_units=2, max_ratio={"first": 0.25, "second": 0.0}).kept == {
+        "first": 6,
+        "second": 6,
+    }
 
 
 def test_every_group_keeps_a_unit():

@@ -6,7 +6,6 @@ import functools
 import models as nets
 import pytest
 import torch
-from torch import nn
 from torch.nn.functional import cross_entropy
 
 from taylored import TaylorScorer, compact, random_plan, trace

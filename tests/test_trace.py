@@ -164,7 +164,9 @@ def test_removal_is_zeroing_through(name):
 @pytest.mark.parametrize("dimension", [1, 3])
 def test_one_and_three_dimensional_nets_are_pruned(dimension):
     convolution, norm = getattr(nn, f"Conv{dimension}d"), getattr(nn, f"BatchNorm{dimension}d")
-    model = nn.Sequential(convolution(2, 8, 3), norm(8), nn.ReLU(), convolution(8, 6, 3), nn.Flatten(), nn.Linear(6 * 2**dimension, 4))
+    model = nn.Sequential(
+        convolution(2, 8, 3), norm(8), nn.ReLU(), convolution(8, 6, 3), nn.Flatten(), nn.Linear(6 * 2**dimension, 4)
+    )
     check(nets.randomised(model), torch.randn(2, 2, *[6] * dimension))
 
 

@@ -79,11 +79,12 @@ def _load(path, model):
     if foreign := [name for name in weights if name not in target]:
         raise CheckpointError(f"{path} does not fit the model, which lacks {foreign[:3]}{'...' if len(foreign) > 3 else ''}")
     for name, tensor in weights.items():
-        if name in plan.shapes and tuple(target[name].shape) != plan.shapes[name]:
+        first = header["aliases"].get(name, name)
+        if first in plan.shapes and tuple(target[name].shape) != plan.shapes[first]:
             raise CheckpointError(
-                f"{path} was pruned from {name!r} of shape {plan.shapes[name]}, the model's is {tuple(target[name].shape)}"
+                f"{path} was pruned from {name!r} of shape {plan.shapes[first]}, the model's is {tuple(target[name].shape)}"
             )
-        expected = plan.shape_after(name) if name in plan.shapes else tuple(target[name].shape)
+        expected = plan.shape_after(first) if first in plan.shapes else tuple(target[name].shape)
         if tuple(tensor.shape) != expected:
             raise CheckpointError(f"{path}: {name!r} has shape {tuple(tensor.shape)}, expected {expected}")
     try:

@@ -250,9 +250,12 @@ def rehearse(model: nn.Module, plan: PrunePlan) -> None:
             module.__dict__.update(values)
         for traced in graph.passes:
             mode = Rehearsal({id(m): name for name, m in model.named_modules()}, graph)
+            mode.keep_real = traced.real
             stand_ins = {}
             for name, tensor in named_tensors(model).items():
-                stand_ins[name] = torch.empty(after.shapes[name], dtype=tensor.dtype, device="meta")
+                stand_ins[name] = torch.zeros(
+                    after.shapes[name], dtype=tensor.dtype, device=tensor.device if traced.real else "meta"
+                )
                 labels = [
                     _slot(torch.from_numpy(after.components[name, d]), tensor.ndim, d)
                     for d in range(tensor.ndim)

@@ -47,6 +47,8 @@ class PrunePlan:
     @classmethod
     def of(cls, graph: ChannelGraph, removed: dict[str, torch.Tensor]) -> "PrunePlan":
         """The plan that removes the given units (group name -> indices) of a graph."""
+        if unknown := removed.keys() - {g.name for g in graph.groups}:
+            raise PlanError(f"removed names {sorted(unknown)}, which are no groups of the graph")
         removed = {name: torch.as_tensor(units, dtype=torch.int64).unique() for name, units in removed.items()}
         removed = {g.name: removed[g.name] for g in graph.groups if len(removed.get(g.name, ()))}
         lost: dict[tuple[str, int], list[torch.Tensor]] = {}
@@ -72,9 +74,6 @@ class PrunePlan:
 
     def then(self, later: "PrunePlan") -> "PrunePlan":
         """One plan against the original model that does what this one and then the later one do."""
-        keep = dict(self.keep)
-        for key, indices in later.keep.items():
-            keep[key] = keep[key][indices] if key in keep else indices
         removed = {}
         for name, size in self.units.items():
             left = _complement(self.removed.get(name, ()), size)
@@ -89,6 +88,9 @@ class PrunePlan:
         for (tensor, d), indices in self.keep.items():
             if tensor in later.shapes and later.shapes[tensor][d] != len(indices):
                 raise PlanError(f"the later plan starts from another shape of {tensor!r} than this one leaves")
+        keep = dict(self.keep)
+        for key, indices in later.keep.items():
+            keep[key] = keep[key][indices] if key in keep else indices
         return dataclasses.replace(
             self,
             removed=removed,
@@ -193,6 +195,9 @@ def make_plan(
     Raises PlanError when the budget cannot be met, naming what is the least that can be reached.
     """
     scores = _checked(graph, scores)
+    for argument, limits in (("min_units", min_units), ("max_ratio", max_ratio)):
+        if isinstance(limits, dict) and (unknown := limits.keys() - {g.name for g in graph.groups}):
+            raise PlanError(f"{argument} names {sorted(unknown)}, which are no groups of the graph")
     budgets = {"target_flops": target_flops, "target_params": target_params, "remove_units": remove_units}
     given = {k: v for k, v in budgets.items() if v is not None}
     if len(given) != 1:

@@ -93,6 +93,7 @@ def prune(
     any_scores = {g.name: torch.ones(g.units) for g in graph.groups}
     goal = make_plan(graph, any_scores, **budget.of_round(rounds, graph), **options)
     rehearse(model, goal)
+    TaylorScorer(model, graph, reduction=reduction)
 
     plan, history, done = PrunePlan.of(graph, {}), [], 0
     current = graph

@@ -118,7 +118,7 @@ class ChannelGraph:
     modules: weakref.WeakKeyDictionary  # module -> name
 
     def __getstate__(self):
-        return {**self.__dict__, "modules": weakref.WeakKeyDictionary()}
+        return {**self.__dict__, "modules": {}}
 
     def __deepcopy__(self, memo):
         return self  # a value: nothing in it changes
@@ -241,9 +241,11 @@ def _complement(indices, size: int) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pass:
-    """One forward pass that was traced: its mode, its inputs (meta tensors) and the shapes of its outputs."""
+    """One forward pass that was traced: its mode, its inputs (meta tensors, unless it had to run for real) and the
+    shapes of its outputs."""
 
     training: bool
+    real: bool
     args: tuple
     kwargs: dict
     outputs: list
@@ -592,7 +594,9 @@ def per_channel(mode, func, args, kwargs, out):
 def reduction(mode, func, args, kwargs, out):
     """A statistic over channels changes with them, so these stay; one over positions keeps the labels."""
     x = args[0]
-    dims = args[1] if len(args) > 1 and isinstance(args[1], (int, list, tuple)) else kwargs.get("dim")
+    names = [argument.name for argument in func._schema.arguments]
+    position = names.index("dim") if "dim" in names else len(args)
+    dims = args[position] if position < len(args) else kwargs.get("dim")
     dims = range(x.ndim) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     dims = sorted({d % x.ndim for d in dims}, reverse=True)
     labels = mode.freeze_all(x, f"{func.overloadpacket} in {mode.where()!r} reduces over the channels", dims=dims)
@@ -799,17 +803,18 @@ def trace(model: nn.Module, example_inputs, *, fully_connected: bool = False) ->
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     args, kwargs = as_arguments(example_inputs)
-    tensors = named_tensors(model)
-    try:
-        tracer, passes, offsets = _run(model, tensors, args, kwargs, fully_connected, real=False)
-    except TraceError as on_meta:
-        if any(t.is_meta for t in tensors.values()):
-            raise
+    with torch.inference_mode(False):  # in inference mode operators arrive whole, convolutions and linear layers unseen
+        tensors = named_tensors(model)
         try:
-            tracer, passes, offsets = _run(model, tensors, args, kwargs, fully_connected, real=True)
-        except TraceError as error:
-            raise error from on_meta
-    return _build(model, tensors, tracer, passes, offsets)
+            tracer, passes, offsets = _run(model, tensors, args, kwargs, fully_connected, real=False)
+        except TraceError as on_meta:
+            if any(t.is_meta for t in tensors.values()):
+                raise
+            try:
+                tracer, passes, offsets = _run(model, tensors, args, kwargs, fully_connected, real=True)
+            except TraceError as error:
+                raise error from on_meta
+        return _build(model, tensors, tracer, passes, offsets)
 
 
 def as_arguments(example_inputs) -> tuple[tuple, dict]:
@@ -898,8 +903,9 @@ def run_pass(model, stand_ins, mode: LabelMode, training: bool, args, kwargs) ->
     outputs = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor)]
     for tensor in outputs:
         mode.freeze_all(tensor, "the model's output")
-    args, kwargs = (tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device="meta"), a) for a in (args, kwargs))
-    return Pass(training, args, kwargs, [tuple(t.shape) for t in outputs])
+    if not mode.keep_real:
+        args, kwargs = (tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device="meta"), a) for a in (args, kwargs))
+    return Pass(training, mode.keep_real, args, kwargs, [tuple(t.shape) for t in outputs])
 
 
 LIBRARIES = tuple(f"{Path(file).parent}/" for file in (torch.__file__, __file__))

@@ -1,0 +1,21 @@
+"""One plain torch reference in float64 per operator."""
+
+
+def contribution(x, g):
+    return (x.double() * g.double()).flatten(2).sum(2) if x.ndim > 2 else x.double() * g.double()
+
+
+def channel_statistics(x):
+    x = x.double().reshape(*x.shape[:2], -1)
+    return x.sum(2), x.square().sum(2), (x == 0).sum(2)
+
+
+def compact(x, keep):
+    for dimension, indices in keep.items():
+        x = x.index_select(dimension, indices)
+    return x
+
+
+def accumulate(total, t, reduction, scale):
+    s = scale * sum(one.double() for one in t)
+    return total + {"abs": s.abs().sum(0), "batch": s.sum(0).abs(), "square": s.square().sum(0)}[reduction]

@@ -1,0 +1,131 @@
+"""Every operator equals its float64 reference, over shapes, dtypes and layouts, and passes torch.library.opcheck."""
+
+import math
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from taylored import ops
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+SIZES = st.lists(st.integers(0, 19), min_size=2, max_size=5)
+some = settings(max_examples=60, deadline=None)
+
+
+def laid_out(shape, layout, dtype, seed):
+    """contiguous, channels last, or with gaps; about a quarter zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator) * (torch.rand(shape, generator=generator) > 0.25)
+    x = x.to(dtype)
+    if layout == "channels_last":
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "gaps":
+        return torch.stack([x, x], -1)[..., 0]
+    return x
+
+
+@some
+@given(SIZES, st.sampled_from(["contiguous", "channels_last", "gaps"]), st.sampled_from(["contiguous", "channels_last"]),
+       st.sampled_from(DTYPES), st.integers(0, 99))  # fmt: skip
+def test_maps_are_reduced_as_in_float64(shape, layout, other_layout, dtype, seed):
+    x, g = laid_out(shape, layout, dtype, seed), laid_out(shape, other_layout, dtype, seed + 1)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype != torch.float64 else {"rtol": 1e-12, "atol": 1e-12}
+    t = ops.contribution(x, g)
+    assert t.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(t.double(), reference.contribution(x, g), **tolerance)
+    y = x.relu()
+    gradient, t = ops.relu_backward(y, g)
+    assert torch.equal(gradient, torch.where(y > 0, g, torch.zeros_like(g)))
+    torch.testing.assert_close(t.double(), reference.contribution(y, g), **tolerance)
+    for ours, theirs in zip(ops.channel_statistics(x), reference.channel_statistics(x), strict=True):
+        torch.testing.assert_close(ours.double(), theirs.double(), **tolerance)
+
+
+def test_sums_of_large_maps_stay_exact_and_do_not_depend_on_threads():
+    x = torch.rand(1, 3, 300, 301) + 1
+    t = ops.contribution(x, x)
+    torch.testing.assert_close(t.double(), reference.contribution(x, x), rtol=1e-6, atol=0)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(ops.contribution(x, x), t)
+        assert torch.equal(ops.contribution(x, x), t)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@some
+@given(st.lists(st.integers(1, 23), min_size=1, max_size=4), st.data(), st.integers(0, 99))
+def test_compaction_equals_index_select_and_stays_inside(shape, data, seed):
+    dtype = data.draw(st.sampled_from([*DTYPES, torch.int64, torch.bool, torch.uint8]))
+    memory = torch.randint(
+        0, 2 if dtype == torch.bool else 100, (math.prod(shape) + 64,), generator=torch.Generator().manual_seed(seed)
+    )
+    memory = memory.to(dtype)
+    order = data.draw(st.permutations(range(len(shape))))
+    packed = memory[32:-32].view([shape[d] for d in order])
+    x = packed.permute([order.index(d) for d in range(len(shape))])
+    before, fences = x.clone(), (memory[:32].clone(), memory[-32:].clone())
+    keep = {}
+    for dimension in data.draw(st.sets(st.integers(0, len(shape) - 1))):
+        chosen = data.draw(st.sets(st.integers(0, shape[dimension] - 1), min_size=1))
+        keep[dimension] = torch.tensor(sorted(chosen))
+    result = ops.compact_(x, keep)
+    assert torch.equal(result, reference.compact(before, keep))
+    assert result.data_ptr() == x.data_ptr() and ops.is_dense(result)
+    assert torch.equal(memory[:32], fences[0]) and torch.equal(memory[-32:], fences[1])
+
+
+@pytest.mark.parametrize("shape", [(512, 512, 3, 3), (600, 4900), (1500, 1000)])
+def test_compaction_of_large_tensors_on_several_threads(shape):
+    x = torch.randn(shape)
+    keep = {d: torch.randperm(shape[d])[: shape[d] // 2].sort().values for d in (0, 1)}
+    assert torch.equal(ops.compact_(x.clone(), keep), reference.compact(x, keep))
+
+
+@pytest.mark.parametrize("keep", [{0: [3, 1]}, {0: [0, 0]}, {0: [0, 9]}, {0: [-1, 2]}])
+def test_bad_indices_are_refused_and_nothing_moves(keep):
+    x = torch.randn(4, 3)
+    before = x.clone()
+    with pytest.raises(RuntimeError, match="keep"):
+        ops.compact_(x, {d: torch.tensor(i) for d, i in keep.items()})
+    with pytest.raises(RuntimeError, match="dense"):
+        ops.compact_(x[:, :2], {0: torch.tensor([0, 2])})
+    assert torch.equal(x, before)
+
+
+@some
+@given(st.integers(0, 9), st.integers(0, 40), st.integers(1, 3), st.sampled_from(["abs", "batch", "square"]), st.booleans())
+def test_accumulate_equals_its_formula(examples, units, consumers, reduction, wide):
+    t = [torch.randn(examples, units, dtype=torch.float64 if wide else torch.float32) for _ in range(consumers)]
+    total = torch.rand(units, dtype=torch.float64)
+    expected = reference.accumulate(total, t, reduction, 0.3)
+    ops.accumulate_(total, t, reduction, 0.3)
+    torch.testing.assert_close(total, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_shapes_and_dtypes_that_do_not_fit_are_refused():
+    x = torch.randn(2, 3, 4)
+    for other in (torch.randn(2, 3, 5), torch.randn(2, 3, 4, dtype=torch.float64)):
+        with pytest.raises(RuntimeError):
+            ops.contribution(x, other)
+    with pytest.raises(RuntimeError):
+        ops.contribution(torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="reduction"):
+        ops.accumulate_(torch.zeros(3), [torch.zeros(1, 3)], "median", 1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(dtype):
+    library, x = torch.ops.taylored, torch.randn(2, 5, 3, 4).to(dtype)
+    last = x.to(memory_format=torch.channels_last)
+    for a in (x, last):
+        torch.library.opcheck(library.contribution.default, (a, a))
+        torch.library.opcheck(library.relu_backward.default, (a.relu(), a))
+        torch.library.opcheck(library.channel_statistics.default, (a,))
+        torch.library.opcheck(library.compact_.default, (a.clone(), [0, 1], [torch.tensor([1]), torch.tensor([0, 3])]))
+    torch.library.opcheck(library.accumulate_.default, (torch.zeros(5), [torch.randn(2, 5)], 0, 1.0))
+    torch.library.opcheck(library.record.default, (torch.zeros(()), x, x, -1))
