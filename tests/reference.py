@@ -6,7 +6,7 @@ def contribution(x, g):
 
 
 def channel_statistics(x):
-    x = x.double().reshape(*x.shape[:2], -1)
+    x = x.double().unsqueeze(-1).flatten(2)
     return x.sum(2), x.square().sum(2), (x == 0).sum(2)
 
 
