@@ -7,7 +7,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc python -name
 # Threads that wait shall sleep: spinning, they stall each other wherever the cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint abi clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -22,6 +22,14 @@ bench: $(VENV)/installed
 lint: $(VENV)/test-tools
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
+
+# The stable ABI: one wheel, built against $(TORCH), under another torch.
+abi: $(VENV)/torch
+	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
+	$(PYTHON) -m venv build/other-torch
+	build/other-torch/bin/pip install -q torch==2.13.0 numpy scipy safetensors tqdm pytest hypothesis expecttest
+	build/other-torch/bin/pip install -q --no-deps --force-reinstall dist/taylored-*.whl
+	build/other-torch/bin/python -m pytest -q tests/test_ops.py
 
 clean:
 	rm -rf $(VENV) build dist runs python/*.egg-info python/taylored/lib
