@@ -1,6 +1,7 @@
 """Removal is zeroing, on every convolutional classifier of torchvision; training goes on as if the model had been
 small from the start; what cannot be cut is refused and left alone."""
 
+import contextlib
 import copy
 import dataclasses
 import warnings
@@ -34,6 +35,15 @@ def build(name):
     size = {"inception_v3": 160, "alexnet": 96}.get(name, 64)
     x = 2 * torch.randn(6, 3, size, size)
     return nets.randomised(model, x), x[:2]
+
+
+@contextlib.contextmanager
+def refused(model, error, match):
+    """What happens within fails with that error, and leaves the model as it was."""
+    before = nets.snapshot(model)
+    with pytest.raises(error, match=match):
+        yield
+    assert nets.unchanged(before, model)
 
 
 def attributes_match(model):
@@ -399,20 +409,16 @@ def wider():
 def test_the_plan_of_another_model_is_refused(other):
     plan = random_plan(trace(nets.small("chain"), nets.inputs()), 0.5)
     model = other()
-    before = nets.snapshot(model)
-    with pytest.raises(PlanError, match="does not fit model"):
+    with refused(model, PlanError, "does not fit model"):
         compact(model, plan)
-    assert nets.unchanged(before, model)
 
 
 def test_a_plan_is_applied_once():
     model, x = nets.small("chain"), nets.inputs()
     plan = random_plan(trace(model, x), 0.5)
     compact(model, plan)
-    before = nets.snapshot(model)
-    with pytest.raises(PlanError, match="expects"):
+    with refused(model, PlanError, "expects"):
         compact(model, plan)
-    assert nets.unchanged(before, model)
 
 
 def test_an_average_that_does_not_fit_stops_everything():
@@ -432,20 +438,16 @@ def test_unsorted_or_stray_indices_are_refused(indices):
     plan = random_plan(trace(model, x), 0.5)
     key = next(iter(plan.keep))
     bad = dataclasses.replace(plan, keep={**plan.keep, key: torch.tensor(indices, dtype=torch.int64)})
-    before = nets.snapshot(model)
-    with pytest.raises(PlanError, match="ascending"):
+    with refused(model, PlanError, "ascending"):
         compact(model, bad)
-    assert nets.unchanged(before, model)
 
 
 def test_a_weight_with_gaps_is_refused():
     model, x = nets.small("chain"), nets.inputs()
     plan = random_plan(trace(model, x), 0.5)
     model.first.weight = nn.Parameter(torch.randn(8, 3, 3, 6)[..., ::2])
-    before = nets.snapshot(model)
-    with pytest.raises(PlanError, match="contiguous"):
+    with refused(model, PlanError, "contiguous"):
         compact(model, plan)
-    assert nets.unchanged(before, model)
 
 
 def test_the_mask_goes_with_its_context():

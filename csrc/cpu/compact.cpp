@@ -40,7 +40,7 @@ struct Run {
 };
 
 // ---- Moving one unit: `bytes` contiguous bytes toward the front, overlap allowed.
-// ----------------------------------- A memmove of a few dozen bytes costs more in its call and its branches
+// A memmove of a few dozen bytes costs more in its call and its branches
 // than in its loads, hence one function per size class, chosen once: every byte of a class is loaded before
 // any is stored, the two halves overlapping.
 
@@ -87,7 +87,6 @@ struct Long {  // 64 bytes and more
 };
 
 // ---- Moving one row
-// --------------------------------------------------------------------------------------------------
 
 struct Row {
     std::vector<Run> runs;  // used where units are long or runs of adjacent ones are
@@ -153,7 +152,6 @@ Row make_row(const Level& level) {
 }
 
 // ---- Moving all rows
-// -------------------------------------------------------------------------------------------------
 
 struct Rows {
     Row row;
@@ -216,7 +214,6 @@ Rows make_rows(const std::vector<Level>& levels) {  // innermost first
 }
 
 // ---- Arguments
-// -------------------------------------------------------------------------------------------------------
 
 // x's dimensions as levels, innermost first; throws where memory is not dense.
 std::vector<Level> levels_of(const Tensor& x, const std::vector<const Level*>& cut) {

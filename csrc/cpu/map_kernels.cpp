@@ -103,7 +103,6 @@ inline Vec<float, W> load(const Float16* p) {
 }
 
 // ---- What is summed. A body's step sees every element exactly once.
-// --------------------------------------------------
 
 template <class T>
 struct Contribution {
@@ -155,7 +154,6 @@ struct Statistics {
 };
 
 // ---- How the elements are walked
-// -------------------------------------------------------------------------------------
 
 template <class V>
 inline auto sum_lanes(const V& v) {

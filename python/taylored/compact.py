@@ -6,6 +6,7 @@ removing anything, by zeroing the units at their consumers: removal is zeroing, 
 """
 
 import contextlib
+import itertools
 import math
 import signal
 import threading
@@ -70,11 +71,11 @@ def compact(model: nn.Module, plan: PrunePlan, optimizer=None, also=(), *, relea
     """
     model = getattr(model, "_orig_mod", model)
     tensors = named_tensors(model)
-    jobs = _jobs(plan, tensors, "model", grads=True)
+    jobs = _jobs(plan, tensors, "model")
     attributes = _attributes(model, plan)
     for number, copy in enumerate([also] if isinstance(also, (nn.Module, dict)) else also):
         copy = _twin(copy, plan, number)
-        jobs += _jobs(plan, copy if isinstance(copy, dict) else named_tensors(copy), f"also[{number}]", grads=True)
+        jobs += _jobs(plan, copy if isinstance(copy, dict) else named_tensors(copy), f"also[{number}]")
         attributes += _attributes(copy, plan) if isinstance(copy, nn.Module) else []
     names = {id(t): name for name, t in tensors.items()}
     flat = []
@@ -110,22 +111,22 @@ def _replace(tensor, data):
     tensor.data = data
 
 
-def _jobs(plan, tensors, what, grads=False) -> list[tuple[torch.Tensor, dict[int, torch.Tensor]]]:
+def _jobs(plan, tensors, what) -> list[tuple[torch.Tensor, dict[int, torch.Tensor]]]:
     """(tensor, {dimension: kept indices}) for everything the plan touches, checked."""
-    jobs = []
+    jobs, cuts = [], plan.cuts
     for name, shape in plan.shapes.items():
         if name not in tensors:
             raise PlanError(f"the plan does not fit {what}: it has no tensor {name!r}")
         tensor = tensors[name]
         if tuple(tensor.shape) != shape:
             raise PlanError(f"the plan does not fit {what}: {name!r} has shape {tuple(tensor.shape)}, the plan expects {shape}")
-        dims = {d: indices for (t, d), indices in plan.keep.items() if t == name}
+        dims = cuts[name]
         for d, indices in dims.items():
             ascending = len(indices) > 0 and bool((indices[1:] > indices[:-1]).all())
             if not ascending or indices[0] < 0 or indices[-1] >= shape[d]:
                 raise PlanError(f"the plan's keep[{name!r}, {d}] must be ascending indices below {shape[d]}")
         jobs.append((_compactable(tensor, name, what), dims))
-        if grads and tensor.grad is not None:
+        if tensor.grad is not None:
             jobs.append((_compactable(tensor.grad, f"{name}.grad", what), dims))
     return jobs
 
@@ -149,21 +150,23 @@ def _twin(copy, plan, number):
 def _optimizer_jobs(plan, optimizer, names):
     """State that has a parameter's shape, or that shape with some dimensions reduced to 1 (Adafactor's)."""
     jobs, flat = [], []
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for p in parameters:
-        name = names.get(id(p))
-        dims = {d: indices for (t, d), indices in plan.keep.items() if t == name}
+    cuts, parameters = plan.cuts, [p for group in optimizer.param_groups for p in group["params"]]
+    dims_of = {p: cuts.get(names.get(id(p)), {}) for p in parameters}
+    if isinstance(optimizer, torch.optim.LBFGS):
+        segments = [(tuple(p.shape), dims) for p, dims in dims_of.items()]
+        total = sum(p.numel() for p in parameters)
+        for value in itertools.chain.from_iterable(state.values() for state in optimizer.state.values()):
+            for tensor in value if isinstance(value, list) else [value]:
+                if isinstance(tensor, torch.Tensor) and tensor.numel() == total:
+                    flat.append((tensor, segments))
+        return jobs, flat
+    for p, dims in dims_of.items():
         for key, value in optimizer.state.get(p, {}).items():
-            if isinstance(optimizer, torch.optim.LBFGS):
-                for tensor in value if isinstance(value, list) else [value]:
-                    if isinstance(tensor, torch.Tensor) and tensor.numel() == sum(q.numel() for q in parameters):
-                        keeps = [{d: i for (t, d), i in plan.keep.items() if t == names.get(id(q))} for q in parameters]
-                        flat.append((tensor, [(tuple(q.shape), k) for q, k in zip(parameters, keeps, strict=True)]))
-            elif dims and isinstance(value, torch.Tensor) and value.ndim == p.ndim:
+            if dims and isinstance(value, torch.Tensor) and value.ndim == p.ndim:
                 fits = all(v in (s, 1) for v, s in zip(value.shape, p.shape, strict=True))
                 mine = {d: indices for d, indices in dims.items() if value.shape[d] == p.shape[d]}
                 if fits and mine:
-                    jobs.append((_compactable(value, f"{key} of {name}", "optimizer"), mine))
+                    jobs.append((_compactable(value, f"{key} of {names[id(p)]}", "optimizer"), mine))
     return jobs, flat
 
 
@@ -185,14 +188,11 @@ def _attributes(model, plan) -> list[tuple[nn.Module, dict[str, int]]]:
     """What modules say about their own sizes, as it will be."""
     found = []
     for prefix, module in model.named_modules():
-        before, after = {}, {}
-        for local in ("weight", "running_mean"):
-            name = f"{prefix}.{local}" if prefix else local
-            if name in plan.shapes:
-                before[local], after[local] = plan.shapes[name], plan.shape_after(name)
-        if not after:
+        names = (f"{prefix}.{local}" if prefix else local for local in ("weight", "running_mean"))
+        name = next((name for name in names if name in plan.shapes), None)
+        if name is None:
             continue
-        old, new = next(iter(before.values())), next(iter(after.values()))
+        old, new = plan.shapes[name], plan.shape_after(name)
         if isinstance(module, nn.modules.conv._ConvNd):
             groups = module.groups * new[0] // old[0] if module.groups > 1 else 1
             first, second = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")

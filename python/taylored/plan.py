@@ -100,6 +100,14 @@ class PrunePlan:
             params=(self.params[0], later.params[1]),
         )
 
+    @property
+    def cuts(self) -> dict[str, dict[int, torch.Tensor]]:
+        """`keep` by tensor: name -> dimension -> indices that stay."""
+        cuts: dict[str, dict[int, torch.Tensor]] = {}
+        for (tensor, d), indices in self.keep.items():
+            cuts.setdefault(tensor, {})[d] = indices
+        return cuts
+
     def shape_after(self, tensor: str) -> tuple[int, ...]:
         """The shape that a tensor in `shapes` has when the plan has been applied."""
         return tuple(len(self.keep[tensor, d]) if (tensor, d) in self.keep else s for d, s in enumerate(self.shapes[tensor]))

@@ -20,7 +20,7 @@ from taylored.checkpoint import CheckpointError, _load, save
 from taylored.compact import compact, rehearse
 from taylored.plan import PrunePlan, make_plan
 from taylored.score import TaylorScorer
-from taylored.trace import ChannelGraph, trace
+from taylored.trace import ChannelGraph, in_mode, trace
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,7 +115,7 @@ def prune(
     if not history:
         finished("start", None, time.perf_counter())
     batches = _cycle(train_loader)
-    for step in range(max(done, 0), rounds + final_epochs):
+    for step in range(done, rounds + final_epochs):
         since = time.perf_counter()
         if step < rounds:
             with TaylorScorer(model, current, reduction=reduction) as scorer:
@@ -188,13 +188,8 @@ def _train(model, batches, updates, loss_fn, optimizer, scheduler, device, title
 
 @torch.no_grad()
 def _evaluate(model, evaluate) -> float:
-    flags = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
+    with in_mode(model, training=False):
         return float(evaluate(model))
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
 
 
 def _to(value, device):

@@ -37,16 +37,21 @@ class TaylorScorer:
         self.loss_reduction = loss_reduction
         self._handles: list = []
         self.reset()
-        for name in self._consumers():
+        self._consumers = tuple(dict.fromkeys(name for g in graph.groups for name in g.inputs))
+        # Where the channels are the units, in order, nothing has to be gathered after a backward pass.
+        self._in_order = {
+            (g.name, name)
+            for g in graph.groups
+            for name, slots in g.inputs.items()
+            if torch.equal(slots.flatten(), torch.arange(len(graph.layers[name].inputs)))
+        }
+        for name in self._consumers:
             layer, module = graph.layers[name], _submodule(self.model, name)
             channels = module.weight.shape[0 if getattr(module, "transposed", False) else 1]
             if channels != len(layer.inputs):
                 raise ValueError(
                     f"graph does not fit model: {name!r} takes {channels} channels, the graph says {len(layer.inputs)}"
                 )
-
-    def _consumers(self) -> list[str]:
-        return list(dict.fromkeys(name for g in self.graph.groups for name in g.inputs))
 
     def reset(self) -> None:
         """Forget all scores."""
@@ -58,7 +63,7 @@ class TaylorScorer:
         if self._handles:
             raise RuntimeError("this TaylorScorer is already active")
         _forget_compiled()
-        for name in self._consumers():
+        for name in self._consumers:
             module = self.model.get_submodule(name)
             device, key = module.weight.device, ops.gate_key(module)
             anchor, token = torch.zeros((), device=device, requires_grad=True), torch.zeros((), device=device)
@@ -92,9 +97,15 @@ class TaylorScorer:
                 calls = self.graph.layers[name].calls
                 calls = calls if len(tensors) % calls == 0 else len(tensors)
                 for i, t in enumerate(tensors):
-                    passes.setdefault(i // calls, []).append(_units(t, slots))  # [N, units]
+                    passes.setdefault(i // calls, []).append(self._units(group, name, t, slots))
             for tensors in passes.values():
                 self._accumulate(group, tensors)
+
+    def _units(self, group, name, t, slots):
+        """[N, C] contributions of a consumer's channels -> [N, units] of the group's."""
+        if (group.name, name) in self._in_order:
+            return t if slots.shape[1] == 1 else t.reshape(len(t), *slots.shape).sum(2)
+        return t[:, slots.to(t.device)].sum(2)
 
     def _accumulate(self, group, tensors):
         examples = min(len(t) for t in tensors)
@@ -135,14 +146,6 @@ def _gated(anchor, token, key):
             return (ops.gate(args[0], anchor, token, key), *args[1:])
 
     return hook
-
-
-def _units(t: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """[N, C] contributions of channels -> [N, units] of units."""
-    units, width = slots.shape
-    if t.shape[1] == slots.numel() and bool((slots.flatten() == torch.arange(slots.numel())).all()):
-        return t if width == 1 else t.reshape(len(t), units, width).sum(2)
-    return t[:, slots.to(t.device)].sum(2)
 
 
 def _submodule(model, name):

@@ -286,6 +286,7 @@ class LabelMode(TorchDispatchMode):
         self.grouped: set[str] = set()  # grouped convolutions; they stay so when a plan leaves them one group
         self.owned: set[int] = set()  # the model's own tensors, and those of them that an op has used
         self.seen: set[int] = set()
+        self.keep_real = False  # run on the model's device, not on meta
 
     def unite(self, a: torch.Tensor, b: torch.Tensor) -> None:
         raise NotImplementedError
@@ -331,8 +332,6 @@ class LabelMode(TorchDispatchMode):
         if isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
             return type(value)(self.to_meta(v) for v in value)
         return value
-
-    keep_real = False
 
     def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -403,10 +402,14 @@ class LabelMode(TorchDispatchMode):
             if axis not in varying(label):
                 continue
             moved = label.movedim(axis, 0).reshape(label.shape[axis], -1)  # [C, rest]
-            if moved.shape[1] > 1:
-                self.unite(moved[:, :1].expand_as(moved), moved)
+            self.tie(moved)
             found = moved[:, 0]
         return found
+
+    def tie(self, rows) -> None:
+        """Unite the labels of each row with one another."""
+        if rows.shape[1] > 1:
+            self.unite(rows[:, :1].expand_as(rows), rows)
 
     def bind(self, a: torch.Tensor | None, b: torch.Tensor | None, reason: str) -> None:
         """Two dimensions must keep the same indices. Where only one has labels it cannot change."""
@@ -500,8 +503,7 @@ def movement(mode, func, args, kwargs, out):
         moved = compress(move(label.expand(x.shape), *args[1:], **kwargs))
         axes = varying(moved)
         if len(axes) > len(varying(label)):
-            flat = moved.movedim(axes[-1], -1).reshape(-1, moved.shape[axes[-1]])
-            mode.unite(flat[:1].expand_as(flat), flat)
+            mode.tie(moved.movedim(axes[-1], 0).reshape(moved.shape[axes[-1]], -1))
         labels.append(moved)
     mode.set(out, labels)
 
@@ -544,7 +546,7 @@ def cat(mode, func, args, kwargs, out):
     for t in tensors:
         mode.uniform.discard(id(t))
         mine = [x for x in mode.get(t) if t.shape[dim] > 1 and x.shape[dim] > 1]
-        others.append([x for x in mode.get(t) if x not in mine] if not mine else [x for x in mode.get(t) if x is not mine[0]])
+        others.append([x for x in mode.get(t) if not mine or x is not mine[0]])
         joined.append(mine[0] if mine else torch.full([t.shape[dim] if i == dim else 1 for i in range(out.ndim)], FIXED))
     labels = []
     if any(int(j.max()) != FIXED for j in joined):
@@ -636,8 +638,7 @@ def group_norm(mode, func, args, kwargs, out):
     if label is not None:
         if groups == 1:
             mode.freeze(label, f"group norm {mode.where()!r} takes statistics over all channels")
-        blocks = label.reshape(groups, -1)
-        mode.unite(blocks[:, :1].expand_as(blocks), blocks)
+        mode.tie(label.reshape(groups, -1))
     mode.set(out[0], _slot(label, x.ndim, 1))
 
 
@@ -675,8 +676,7 @@ def convolution(mode, func, args, kwargs, out):
             mode.bind(x_label, whole, "the model's input, or a value without labels")
         else:
             blocks, incoming = whole.reshape(groups, -1), x_label.reshape(groups, -1)
-            mode.unite(blocks[:, :1].expand_as(blocks), blocks)
-            mode.unite(blocks[:, :1].expand_as(incoming), incoming)
+            mode.tie(torch.cat([blocks, incoming], 1))
             filters = blocks[:, :1].expand(groups, out.shape[1] // groups).reshape(-1) if transposed else whole
     if isinstance(bias, torch.Tensor):
         mode.bind(filters, mode.channels(bias, 0), f"bias of {mode.where()!r}")
@@ -875,9 +875,19 @@ def twice(args, kwargs):
     return tree_map_only(torch.Tensor, double, args), tree_map_only(torch.Tensor, double, kwargs)
 
 
+@contextlib.contextmanager
+def in_mode(model: nn.Module, training: bool):
+    """The model in training or eval mode; afterwards every module is in the mode it came in."""
+    flags = {module: module.training for module in model.modules()}
+    try:
+        yield model.train(training)
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
 def run_pass(model, stand_ins, mode: LabelMode, training: bool, args, kwargs) -> Pass:
     """One forward pass under a label mode, with other tensors in the place of the model's own; freezes its outputs."""
-    training_flags = {m: m.training for m in model.modules()}
     hooks = [
         nn.modules.module.register_module_forward_pre_hook(mode.enter_module),
         nn.modules.module.register_module_forward_hook(mode.leave_module, always_call=True),
@@ -886,10 +896,9 @@ def run_pass(model, stand_ins, mode: LabelMode, training: bool, args, kwargs) ->
     mode.owned = {id(t) for t in stand_ins.values()}
     rng = torch.random.fork_rng(devices=[]) if mode.keep_real else contextlib.nullcontext()
     try:
-        model.train(training)
         if not mode.keep_real:
             args, kwargs = (tree_map_only(torch.Tensor, mode.to_meta, a) for a in (args, kwargs))
-        with torch.no_grad(), rng, torch.compiler.set_stance("force_eager"), mode:
+        with in_mode(model, training), torch.no_grad(), rng, torch.compiler.set_stance("force_eager"), mode:
             output = torch.func.functional_call(model, stand_ins, args, kwargs)
     except TraceError:
         raise
@@ -898,8 +907,6 @@ def run_pass(model, stand_ins, mode: LabelMode, training: bool, args, kwargs) ->
     finally:
         for hook in hooks:
             hook.remove()
-        for module, flag in training_flags.items():
-            module.training = flag
     outputs = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor)]
     for tensor in outputs:
         mode.freeze_all(tensor, "the model's output")

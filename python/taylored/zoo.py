@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from taylored.data import IMAGENET
+from taylored.trace import in_mode
 
 COUNTER = "num_batches_tracked"  # batch norm's: some files have it, some do not, and nothing depends on it
 
@@ -93,17 +94,14 @@ def find_head(model: nn.Module, example: torch.Tensor) -> str:
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv2d))
     ]
-    modes = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad():
-            output = model.eval()(example)
+        with in_mode(model, training=False), torch.no_grad():
+            output = model(example)
     except RuntimeError as error:
         raise ModelError(f"--model: it cannot run on an image of shape {tuple(example.shape[1:])}: {error}") from error
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
     if not isinstance(output, torch.Tensor) or output.ndim != 2:
         what = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise ModelError(f"--model: its output is {what}; expected a tensor of shape [images, classes]")
