@@ -56,18 +56,18 @@ def save(path, model: nn.Module, plan: PrunePlan, *, extra: dict | None = None, 
     }
     header = json.loads(json.dumps(header))
     header["digest"] = _digest(state, header)
-    _write(Path(path), serialize(state, metadata={"format": FORMAT, "taylored": json.dumps(header)}))
+    write_atomically(Path(path), serialize(state, metadata={"format": FORMAT, "taylored": json.dumps(header)}))
 
 
 def load(path, model: nn.Module):
     """Prune a freshly built original as the file's plan says and give it the file's weights. Returns the plan.
 
     Raises CheckpointError, with the model untouched, if the file is foreign, damaged, or of another model."""
-    plan, _, _ = _load(path, model)
+    plan, _, _ = load_all(path, model)
     return plan
 
 
-def _load(path, model):
+def load_all(path, model):
     """As `load`; returns (plan, extra, extra tensors)."""
     model = getattr(model, "_orig_mod", model)
     state, plan, header = read(path)
@@ -132,7 +132,7 @@ def _digest(state, header) -> str:
     return digest.hexdigest()
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with open(temporary, "wb") as file:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import taylored
 from taylored import data, latency, report, zoo
-from taylored.checkpoint import CheckpointError, _write, read
+from taylored.checkpoint import CheckpointError, read, write_atomically
 from taylored.plan import NORMS, PlanError, PrunePlan, make_plan
 from taylored.prune import updates
 from taylored.trace import TraceError
@@ -373,7 +373,7 @@ def _summarise(job, original, result, journal) -> dict:
     summary |= {"settings": job.settings, "machine": machine}
     taylored.save(job.out / PRUNED, job.model, result.plan, extra={"summary": summary})
     report.write(job.out / REPORT, summary, result.history, result.plan)
-    _write(job.out / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+    write_atomically(job.out / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
     return summary
 
 
@@ -382,7 +382,7 @@ class Journal:
 
     def __init__(self, path: Path):
         whole = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []  # without a torn last line
-        _write(path, "".join(f"{line}\n" for line in whole).encode())
+        write_atomically(path, "".join(f"{line}\n" for line in whole).encode())
         earlier = json.loads(whole[-1])["elapsed"] if whole else 0.0  # of the run that is resumed
         self.since = time.perf_counter() - earlier
         self.path = path
@@ -415,7 +415,7 @@ def _folder(name: str) -> Path:
     out = Path(name)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _write(out / ".probe", b"")
+        write_atomically(out / ".probe", b"")
         (out / ".probe").unlink()
     except OSError as error:
         raise OutError(f"--out {name} cannot be written to: {error.strerror or error}") from error

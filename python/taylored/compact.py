@@ -21,10 +21,10 @@ from taylored.trace import (
     ChannelGraph,
     LabelMode,
     TraceError,
-    _slot,
     line_at_fault,
     named_tensors,
     run_pass,
+    slot_at,
 )
 
 
@@ -254,10 +254,10 @@ def rehearse(model: nn.Module, plan: PrunePlan) -> None:
             stand_ins = {}
             for name, tensor in named_tensors(model).items():
                 stand_ins[name] = torch.zeros(
-                    after.shapes[name], dtype=tensor.dtype, device=tensor.device if traced.real else "meta"
+                    after.shapes[name], dtype=graph.dtypes[name], device=tensor.device if traced.real else "meta"
                 )
                 labels = [
-                    _slot(torch.from_numpy(after.components[name, d]), tensor.ndim, d)
+                    slot_at(torch.from_numpy(after.components[name, d]), tensor.ndim, d)
                     for d in range(tensor.ndim)
                     if (name, d) in after.components
                 ]

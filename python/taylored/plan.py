@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from taylored.trace import FIXED, ChannelGraph, _complement
+from taylored.trace import FIXED, ChannelGraph, complement
 
 NORMS = {
     "none": lambda s: torch.ones((), dtype=s.dtype),
@@ -60,7 +60,7 @@ class PrunePlan:
                 raise PlanError(f"removed[{name!r}] leaves none of the group's {group.units} units")
             for key, slots in group.slots.items():
                 lost.setdefault(key, []).append(slots[units].flatten())
-        keep = {(t, d): _complement(torch.cat(gone), graph.shapes[t][d]) for (t, d), gone in lost.items()}
+        keep = {(t, d): complement(torch.cat(gone), graph.shapes[t][d]) for (t, d), gone in lost.items()}
         after = graph.after(removed)
         return cls(
             removed=removed,
@@ -76,12 +76,12 @@ class PrunePlan:
         """One plan against the original model that does what this one and then the later one do."""
         removed = {}
         for name, size in self.units.items():
-            left = _complement(self.removed.get(name, ()), size)
+            left = complement(self.removed.get(name, ()), size)
             if later.units.get(name) != len(left):
                 raise PlanError(
                     f"the later plan starts from {later.units.get(name)} units of {name!r}, this one leaves {len(left)}"
                 )
-            gone = _complement(left[_complement(later.removed.get(name, ()), len(left))], size)
+            gone = complement(left[complement(later.removed.get(name, ()), len(left))], size)
             if len(gone):
                 removed[name] = gone
         shapes = {**later.shapes, **self.shapes}

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from taylored.checkpoint import CheckpointError, _load, save
+from taylored.checkpoint import CheckpointError, load_all, save
 from taylored.compact import compact, rehearse
 from taylored.plan import PrunePlan, make_plan
 from taylored.score import TaylorScorer
@@ -250,7 +250,7 @@ def _is_json(value) -> bool:
 
 
 def _resume(path, model, optimizer, scheduler):
-    plan, extra, tensors = _load(path, model)
+    plan, extra, tensors = load_all(path, model)
     if "history" not in extra:
         raise CheckpointError(f"{path} is a finished model, not a checkpoint of prune: there is nothing to resume")
     state: dict[int, dict] = {int(i): dict(entry) for i, entry in extra["optimizer"]["state"].items()}

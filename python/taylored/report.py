@@ -10,7 +10,7 @@ import math
 import os
 from pathlib import Path
 
-from taylored.checkpoint import _write
+from taylored.checkpoint import write_atomically
 from taylored.plan import PrunePlan
 
 BLUE, ORANGE, GREY, LIGHT, INK = "#0072B2", "#D55E00", "#8A8F98", "#DFE3E8", "#22262B"  # Okabe and Ito's blue and vermilion
@@ -75,7 +75,7 @@ def write(path: str | os.PathLike, summary: dict, history: list[dict], plan: Pru
                 scores(history, plan),
             )
         )
-    _write(Path(path), page(summary, history, pictures).encode())
+    write_atomically(Path(path), page(summary, history, pictures).encode())
 
 
 def tradeoff(history: list[dict]) -> str:

@@ -101,7 +101,7 @@ class Layer:
 class ChannelGraph:
     """What `trace` found: the groups of removable units, and what every channel costs.
 
-    layers: every convolution and linear layer, by name. shapes: every parameter's and buffer's shape. components: for
+    layers: every convolution and linear layer, by name. shapes, dtypes: every parameter's and buffer's. components: for
     every (tensor, dimension) the component of each index; frozen: component -> why it cannot be removed. flops are those
     of the example inputs in eval mode, two per multiply-add, as torch.utils.flop_counter counts them.
     """
@@ -110,6 +110,7 @@ class ChannelGraph:
     groups: tuple[Group, ...]
     layers: dict[str, Layer]
     shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
     parameters: tuple[str, ...]
     components: dict[tuple[str, int], np.ndarray]
     frozen: dict[int, str]
@@ -190,10 +191,10 @@ class ChannelGraph:
     def after(self, removed: dict[str, torch.Tensor]) -> "ChannelGraph":
         """The graph of the model once the given units (group name -> unit indices) are gone."""
         gone = np.zeros(1 + max((int(c.max(initial=0)) for c in self.components.values()), default=0), dtype=bool)
-        keeps = {g.name: _complement(removed.get(g.name, ()), g.units) for g in self.groups}
+        keeps = {g.name: complement(removed.get(g.name, ()), g.units) for g in self.groups}
         for g in self.groups:
             (name, d), slots = next(iter(g.slots.items()))
-            gone[self.components[name, d][slots[_complement(keeps[g.name], g.units)].flatten().numpy()]] = True
+            gone[self.components[name, d][slots[complement(keeps[g.name], g.units)].flatten().numpy()]] = True
 
         def left(dimension):
             return None if dimension is None else dimension[(dimension == FIXED) | ~gone[dimension]]
@@ -233,7 +234,7 @@ class ChannelGraph:
         )
 
 
-def _complement(indices, size: int) -> torch.Tensor:
+def complement(indices, size: int) -> torch.Tensor:
     mask = torch.ones(size, dtype=torch.bool)
     mask[torch.as_tensor(indices, dtype=torch.int64)] = False
     return mask.nonzero().flatten()
@@ -437,7 +438,7 @@ def _size(tensor, axis, ndim):
     return tensor.shape[axis] if axis >= 0 else 1
 
 
-def _slot(label: torch.Tensor | None, ndim: int, axis: int):
+def slot_at(label: torch.Tensor | None, ndim: int, axis: int):
     """Labels [C] of one dimension of an `ndim`-dimensional tensor, ready to broadcast."""
     if label is None or label.numel() == 1:
         return ()
@@ -590,7 +591,7 @@ def pad(mode, func, args, kwargs, out):
 def per_channel(mode, func, args, kwargs, out):
     """Pooling and interpolation work in space, channel by channel (dimension 1)."""
     for tensor in out if isinstance(out, (tuple, list)) else (out,):
-        mode.set(tensor, _slot(mode.channels(args[0], 1), tensor.ndim, 1))
+        mode.set(tensor, slot_at(mode.channels(args[0], 1), tensor.ndim, 1))
 
 
 def reduction(mode, func, args, kwargs, out):
@@ -625,7 +626,7 @@ def batch_norm(mode, func, args, kwargs, out):
             mode.bind(label, mode.channels(t, 0), f"batch norm {mode.where()!r} of something without labels")
             if label is None:
                 label = mode.channels(t, 0)
-    mode.set(out[0], _slot(label, x.ndim, 1))
+    mode.set(out[0], slot_at(label, x.ndim, 1))
 
 
 def group_norm(mode, func, args, kwargs, out):
@@ -639,7 +640,7 @@ def group_norm(mode, func, args, kwargs, out):
         if groups == 1:
             mode.freeze(label, f"group norm {mode.where()!r} takes statistics over all channels")
         mode.tie(label.reshape(groups, -1))
-    mode.set(out[0], _slot(label, x.ndim, 1))
+    mode.set(out[0], slot_at(label, x.ndim, 1))
 
 
 def layer_norm(mode, func, args, kwargs, out):
@@ -681,7 +682,7 @@ def convolution(mode, func, args, kwargs, out):
     if isinstance(bias, torch.Tensor):
         mode.bind(filters, mode.channels(bias, 0), f"bias of {mode.where()!r}")
     mode.applied(filters, out.shape[1], contracted)
-    mode.set(out, _slot(filters, out.ndim, 1))
+    mode.set(out, slot_at(filters, out.ndim, 1))
     return [mode.channels(weight, 0), mode.channels(weight, 1)]
 
 
@@ -695,7 +696,7 @@ def matmul(mode, func, args, kwargs, out):
         for t in (x, w):
             mode.freeze_all(t, f"{func.overloadpacket} in {mode.where()!r} is batched over labels", dims=(0,))
     mode.applied(filters, w.shape[-1], x_label)
-    mode.set(out, (*_slot(rows, out.ndim, -2), *_slot(filters, out.ndim, -1)))
+    mode.set(out, (*slot_at(rows, out.ndim, -2), *slot_at(filters, out.ndim, -1)))
     if added is not None:
         mode.set(out, mode.meet([added, out], out.shape))
     return [rows, x_label if x_label is not None else inputs, filters]
@@ -806,15 +807,15 @@ def trace(model: nn.Module, example_inputs, *, fully_connected: bool = False) ->
     with torch.inference_mode(False):  # in inference mode operators arrive whole, convolutions and linear layers unseen
         tensors = named_tensors(model)
         try:
-            tracer, passes, offsets = _run(model, tensors, args, kwargs, fully_connected, real=False)
+            run = _run(model, tensors, args, kwargs, fully_connected, real=False)
         except TraceError as on_meta:
             if any(t.is_meta for t in tensors.values()):
                 raise
             try:
-                tracer, passes, offsets = _run(model, tensors, args, kwargs, fully_connected, real=True)
+                run = _run(model, tensors, args, kwargs, fully_connected, real=True)
             except TraceError as error:
                 raise error from on_meta
-        return _build(model, tensors, tracer, passes, offsets)
+        return _build(model, tensors, *run)
 
 
 def as_arguments(example_inputs) -> tuple[tuple, dict]:
@@ -847,11 +848,11 @@ def _run(model, tensors, args, kwargs, fully_connected, real):
         for d, size in enumerate(tensor.shape):
             if size > 1:
                 offsets[name, d] = total
-                labels += _slot(torch.arange(total, total + size), tensor.ndim, d)
+                labels += slot_at(torch.arange(total, total + size), tensor.ndim, d)
                 total += size
         tracer.set(tensor, labels)
     passes = [run_pass(model, stand_ins, tracer, False, args, kwargs)]
-    tracer.eval_costs, tracer.costs = tracer.costs, []
+    costs, tracer.costs = tracer.costs, []
     unseen = [name for name, _ in model.named_parameters() if id(stand_ins[name]) not in tracer.seen]
     if unseen:
         try:
@@ -862,8 +863,7 @@ def _run(model, tensors, args, kwargs, fully_connected, real):
         if unseen:
             warnings.warn(f"the forward pass never used {unseen}; they are left as they are", stacklevel=3)
     tracer.edges.append((torch.tensor([], dtype=torch.int64),) * 2)
-    tracer.total = total
-    return tracer, tuple(passes), offsets
+    return tracer, tuple(passes), offsets, total, costs
 
 
 def twice(args, kwargs):
@@ -937,12 +937,11 @@ def _walk(link, attribute):
         link = getattr(link, attribute)
 
 
-def _build(model, tensors, tracer: Tracer, passes, offsets) -> ChannelGraph:
+def _build(model, tensors, tracer: Tracer, passes, offsets, total, evaluation) -> ChannelGraph:
     a, b = (torch.cat(side).numpy() for side in zip(*tracer.edges, strict=True))
     half = (a == FIXED) != (b == FIXED)  # a slot without a unit met one with
     tracer.freeze(torch.from_numpy(np.maximum(a, b)[half]), "meets a padded channel")
     a, b = a[(a != FIXED) & (b != FIXED)], b[(a != FIXED) & (b != FIXED)]
-    total = tracer.total
     _, component = connected_components(coo_array((np.ones(len(a), dtype=bool), (a, b)), shape=(total, total)), directed=False)
     component = np.append(component, FIXED).astype(np.int64)  # so that label FIXED, the last one, gives FIXED
 
@@ -983,14 +982,15 @@ def _build(model, tensors, tracer: Tracer, passes, offsets) -> ChannelGraph:
         frozen.setdefault(int(c), "all its channels are one unit")
     frozen.pop(FIXED, None)
     costs = []
-    for flops, dimensions in tracer.eval_costs:
+    for flops, dimensions in evaluation:
         dimensions = tuple(of(d) for d in dimensions)
         costs.append(Cost(flops // math.prod(len(d) for d in dimensions), dimensions))
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    dtypes = {name: t.dtype for name, t in tensors.items()}
     parameters = tuple(name for name, _ in model.named_parameters())
     modules = weakref.WeakKeyDictionary({module: name for name, module in model.named_modules()})
     name = type(model).__name__
-    return ChannelGraph(name, groups, layers, shapes, parameters, components, frozen, tuple(costs), passes, modules)
+    return ChannelGraph(name, groups, layers, shapes, dtypes, parameters, components, frozen, tuple(costs), passes, modules)
 
 
 def _group(units, components, layers, total) -> tuple[tuple[Group, ...], np.ndarray]:
