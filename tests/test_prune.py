@@ -56,6 +56,23 @@ def test_a_pruned_net_still_learns():
     assert f"accuracy={result.history[-1]['accuracy']}" in repr(result)
 
 
+def test_frozen_statistics_stay_and_the_rest_learns():
+    model = nets.small("residual").train()
+    names = [name for name, _ in model.named_buffers() if "running" in name]
+    assert names
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    result = run(model, freeze_statistics=True, checkpoint=None)
+    kept = result.plan.cuts
+    for name, tensor in model.state_dict().items():
+        there = before[name]
+        for d, indices in kept.get(name, {}).items():
+            there = there.index_select(d, indices)
+        if name in names:
+            assert torch.equal(tensor, there)
+        elif name in dict(model.named_parameters()):
+            assert not torch.equal(tensor, there)
+
+
 def test_the_history_tells_every_step():
     told, model = [], nets.small().train()
     result = run(model, evaluate=accuracy, log=told.append)

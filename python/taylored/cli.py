@@ -115,6 +115,11 @@ def parser() -> argparse.ArgumentParser:
         "--lr", type=_number(float, 0), default=3e-4, metavar="X", help="the same from the first round on; falling after the last"
     )
     group.add_argument("--weight-decay", type=_number(float, 0), default=1e-4, metavar="X", help=" ")
+    group.add_argument(
+        "--batch-norm",
+        choices=("frozen", "train"),
+        help="from the first round on: use the statistics there are, or each batch's (default: frozen with weights, else train)",
+    )
     group.add_argument("--rounds", type=positive, default=10, metavar="N", help="cuts on the way to the budget")
     group.add_argument(
         "--round-epochs", type=_number(float, 1e-6), default=1.0, metavar="X", help="trained, and scored, before each cut"
@@ -232,7 +237,8 @@ def _prepare(options) -> Job:
     )
     for note in network.notes:
         print(note)
-    network.model.to(device)
+    # Convolutions are fastest in this layout: twice as fast as in the other, where they are depthwise and on a CPU.
+    network.model.to(device, memory_format=torch.channels_last)
     job = Job(options, out, device, source, network, None, _settings(options, source, network))
     graph = taylored.trace(network.model, job.example)
     print(graph)
@@ -256,6 +262,8 @@ def _settings(options, source, network) -> dict:
         "mean": options.mean or network.mean or pixels[0],
         "std": options.std or network.std or pixels[1],
     }
+    if options.batch_norm is None:
+        filled["batch_norm"] = "train" if scratch else "frozen"
     if options.train_epochs is None:
         filled["train_epochs"] = 20 if scratch else 3 if network.new_head else 0
     settings = {name: value for name, value in vars(options).items() if name not in FREE} | filled
@@ -319,10 +327,6 @@ def _cosine(share: float) -> float:
 def _prune(job, train, test, journal) -> taylored.PruneResult:
     """Rank, cut and fine-tune, at a constant learning rate until the last cut and a falling one after it."""
     s = job.settings
-    for module in job.model.modules():
-        # EfficientNet's 0.01 is meant for ImageNet's many steps: here the statistics that evaluation uses would lag behind.
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is not None:
-            module.momentum = max(module.momentum, 0.1)
     optimizer = torch.optim.AdamW(job.model.parameters(), lr=s["lr"], weight_decay=s["weight_decay"])
     cutting = updates(train, s["rounds"], s["round_epochs"], 0)
     tuning = max(1, updates(train, s["rounds"], s["round_epochs"], s["final_epochs"]) - cutting)
@@ -338,6 +342,7 @@ def _prune(job, train, test, journal) -> taylored.PruneResult:
         round_epochs=s["round_epochs"],
         final_epochs=s["final_epochs"],
         reduction=s["reduction"],
+        freeze_statistics=s["batch_norm"] == "frozen",
         evaluate=lambda model: accuracy(model, test, job.device),
         scheduler=schedule,
         checkpoint=job.out / CHECKPOINT,

@@ -58,6 +58,7 @@ def prune(
     max_ratio: float | dict[str, float] = 1.0,
     ignore=(),
     also=(),
+    freeze_statistics: bool = False,
     checkpoint: str | os.PathLike | None = None,
     resume: bool = False,
     log: Callable[[dict], None] | None = None,
@@ -71,8 +72,10 @@ def prune(
     `final_epochs` follow. evaluate(model) -> accuracy runs in eval mode without gradients before the first round, after
     every round and after every final epoch. scheduler: stepped after every update (see `updates`). normalize,
     flops_weight, round_to, min_units, max_ratio, ignore: as for `make_plan`; reduction: as for `TaylorScorer`; also: as
-    for `compact`. checkpoint: a file, written atomically after every round and final epoch; resume: start from it if it
-    is there, given the original model. log is called with each entry of the history.
+    for `compact`. freeze_statistics: batch norm uses its running statistics while it trains and leaves them as they are,
+    its weight and bias learn on: for fine-tuning on data too few to estimate statistics anew. checkpoint: a file, written
+    atomically after every round and final epoch; resume: start from it if it is there, given the original model. log is
+    called with each entry of the history.
 
     Raises, before anything is trained, ValueError for unusable arguments, PlanError for a budget that cannot be met and
     TraceError for a model that cannot run with fewer channels; FloatingPointError when the loss is not finite: that
@@ -115,13 +118,20 @@ def prune(
     if not history:
         finished("start", None, time.perf_counter())
     batches = _cycle(train_loader)
+
+    def train(updates, title):
+        model.train()
+        if freeze_statistics:
+            for module in model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return _train(model, batches, updates, loss_fn, optimizer, scheduler, device, title, progress)
+
     for step in range(done, rounds + final_epochs):
         since = time.perf_counter()
         if step < rounds:
             with TaylorScorer(model, current, reduction=reduction) as scorer:
-                updates = max(1, round(round_epochs * steps))
-                title = f"round {step + 1}/{rounds}"
-                loss = _train(model, batches, updates, loss_fn, optimizer, scheduler, device, title, progress)
+                loss = train(max(1, round(round_epochs * steps)), f"round {step + 1}/{rounds}")
             scores = scorer.scores()
             cut = make_plan(current, scores, **budget.of_round(step + 1, current), **options)
             compact(model, cut, optimizer=optimizer, also=also)
@@ -129,8 +139,7 @@ def prune(
             told = {name: [float(f"{v:.6g}") for v in s.tolist()] for name, s in scores.items()}
             finished("round", loss, since, round=step + 1, kept=plan.kept, scores=told)
         else:
-            title = f"fine-tune {step - rounds + 1}/{final_epochs}"
-            loss = _train(model, batches, steps, loss_fn, optimizer, scheduler, device, title, progress)
+            loss = train(steps, f"fine-tune {step - rounds + 1}/{final_epochs}")
             finished("final_epoch", loss, since, epoch=step - rounds + 1)
     return PruneResult(dataclasses.replace(plan, graph=graph), graph, history)
 
@@ -165,7 +174,6 @@ class _Budget:
 
 def _train(model, batches, updates, loss_fn, optimizer, scheduler, device, title, progress) -> float:
     """Some updates; returns the mean loss."""
-    model.train()
     total = 0.0
     with tqdm(total=updates, desc=title, disable=not progress, leave=False) as bar:
         for number in range(updates):
