@@ -56,6 +56,24 @@ def test_a_pruned_net_still_learns():
     assert f"accuracy={result.history[-1]['accuracy']}" in repr(result)
 
 
+def test_inputs_may_be_tuples_or_dicts():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nets.small()
+
+        def forward(self, x, *, scale):
+            return self.net(x) * scale
+
+    loader = [({"x": x, "scale": torch.ones(len(x), 1)}, {"label": y}) for x, y in data()]
+    example = {"x": nets.inputs(1), "scale": torch.ones(1, 1)}
+    model = Scaled().train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    options = {"target_flops": 0.5, "rounds": 2, "final_epochs": 0, "progress": False}
+    result = prune(model, loader, lambda o, t: cross_entropy(o, t["label"]), optimizer, example, **options)
+    assert result.plan.flops[1] <= 0.5 * result.plan.flops[0]
+
+
 def test_frozen_statistics_stay_and_the_rest_learns():
     model = nets.small("residual").train()
     names = [name for name, _ in model.named_buffers() if "running" in name]

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from taylored.checkpoint import CheckpointError, load_all, save
 from taylored.compact import compact, rehearse
 from taylored.plan import PrunePlan, make_plan
 from taylored.score import TaylorScorer
-from taylored.trace import ChannelGraph, in_mode, trace
+from taylored.trace import ChannelGraph, as_arguments, in_mode, trace
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,8 +67,9 @@ def prune(
 ) -> PruneResult:
     """Prune a model to a budget while it trains; the model, its optimizer and its averages shrink in place.
 
-    train_loader yields (inputs, targets); the loss is loss_fn(model(inputs), targets), a mean over the batch. Exactly one
-    of target_flops, target_params (what remains: a fraction of the original, or an absolute number) and remove_units.
+    train_loader yields (inputs, targets); the loss is loss_fn(model(inputs), targets), a mean over the batch; a tuple
+    of inputs is model(*inputs), a dict model(**inputs). Exactly one of target_flops, target_params (what remains: a
+    fraction of the original, or an absolute number) and remove_units.
     Each of `rounds` rounds trains `round_epochs` epochs with scores in the backward pass, then removes its share;
     `final_epochs` follow. evaluate(model) -> accuracy runs in eval mode without gradients before the first round, after
     every round and after every final epoch. scheduler: stepped after every update (see `updates`). normalize,
@@ -179,7 +181,8 @@ def _train(model, batches, updates, loss_fn, optimizer, scheduler, device, title
         for number in range(updates):
             inputs, targets = next(batches)
             inputs, targets = _to(inputs, device), _to(targets, device)
-            loss = loss_fn(model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs), targets)
+            args, kwargs = as_arguments(inputs)
+            loss = loss_fn(model(*args, **kwargs), targets)
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise FloatingPointError(f"{title}: the loss is {value} at update {number + 1}; the round is abandoned")
@@ -201,9 +204,7 @@ def _evaluate(model, evaluate) -> float:
 
 
 def _to(value, device):
-    if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
-    return type(value)(_to(v, device) for v in value) if isinstance(value, (tuple, list)) else value
+    return tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), value)
 
 
 def _device(model) -> torch.device:
