@@ -25,7 +25,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kWave = 1 << 17;   // bytes of a wave below which one thread is faster
+constexpr int64_t kWave = 1 << 20;   // bytes of a wave below which one thread is faster than waking another
 constexpr int64_t kLargeUnit = 512;  // bytes from which a call of memmove costs nothing beside its work
 
 // One dimension, as the moves see it. keep == nullptr: all of it.
