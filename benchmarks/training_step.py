@@ -1,5 +1,6 @@
-"""One training step of VGG16 (batch 8, 224x224, SGD) with scoring against the same step without: time, side by side, and
-peak memory, each in a process of its own; and the share that the profiler finds in the gate and the operators. Both steps are checked to leave the same weights."""
+"""One training step of VGG16 (batch 8, 224x224, SGD) with scoring against the same step without: time, side by side; the
+share of it that the profiler finds in the gate and the operators; peak memory, each in a process of its own. Both steps
+are checked to leave the same weights."""
 
 import resource
 import subprocess
