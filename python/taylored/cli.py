@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 import taylored
 from taylored import data, latency, report, zoo
-from taylored.checkpoint import CheckpointError, read, write_atomically
+from taylored.checkpoint import CheckpointError, read
+from taylored.files import write_atomically
 from taylored.plan import NORMS, PlanError, PrunePlan, make_plan
 from taylored.prune import updates
 from taylored.trace import TraceError

@@ -10,7 +10,7 @@ import math
 import os
 from pathlib import Path
 
-from taylored.checkpoint import write_atomically
+from taylored.files import write_atomically
 from taylored.plan import PrunePlan
 
 BLUE, ORANGE, GREY, LIGHT, INK = "#0072B2", "#D55E00", "#8A8F98", "#DFE3E8", "#22262B"  # Okabe and Ito's blue and vermilion
