@@ -2,6 +2,7 @@
 
 from taylored.checkpoint import load, save
 from taylored.compact import compact, masked, rehearse
+from taylored.oracle import oracle
 from taylored.plan import PlanError, PrunePlan, make_plan, random_plan
 from taylored.prune import PruneResult, prune
 from taylored.score import TaylorScorer
@@ -20,6 +21,7 @@ __all__ = [
     "load",
     "make_plan",
     "masked",
+    "oracle",
     "prune",
     "random_plan",
     "rehearse",

@@ -129,10 +129,10 @@ def parse_memory(memory: str | int) -> int:
     """Bytes of "512MiB", "2GiB", "1.5GB" or an integer."""
     if isinstance(memory, int) and memory > 0:
         return memory
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kMGT]?)(i?)B?\s*", str(memory))
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kKMGT]?)(i?)B?\s*", str(memory))
     if not found or not float(found[1]):
         raise ValueError(f"memory must be bytes, or text like '512MiB' or '2GiB', got {memory!r}")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** " kMGT".index(found[2] or " "))
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
 
 
 def _chosen(graph, units) -> dict[str, torch.Tensor]:
@@ -229,9 +229,11 @@ class Replay:
         return Tail(group, entries, nodes, list(clean), ready, dies, max(peak, 1), flops)
 
     def _calls(self, name):
-        calls = [n for n in self.nodes if n.target in LAYERS + OTHER_LAYERS and _module_of(n) == name]
-        if not calls:
-            raise NotReplayable(f"the exported model has no convolution or linear layer {name!r}")
+        """The nodes that apply a layer: none if evaluation does not run it (an auxiliary head)."""
+        inside = [n for n in self.nodes if _module_of(n) == name]
+        calls = [n for n in inside if n.target in LAYERS + OTHER_LAYERS]
+        if inside and not calls:
+            raise NotReplayable(f"{name!r} was exported as {', '.join(str(n.target) for n in inside)}, not as one layer")
         return calls
 
     def _corrects(self, node, changed) -> bool:
@@ -485,7 +487,8 @@ CHUNK = 1 << 28  # bytes of a chunk of pairs beyond which more at once bring not
 
 def _measure(replay: Replay, batches, loss_fn, mine, budget, journal, show) -> None:
     """Add to the journal's sums by how much each unit changes the loss of each example."""
-    tails = [replay.tails[name] for name, units in mine.items() if len(units)]
+    # What evaluation does not run changes nothing: the sums of a group without entries stay zero.
+    tails = [replay.tails[name] for name, units in mine.items() if len(units) and replay.tails[name].entries]
     tails.sort(key=lambda tail: tail.ready)
     live = replay.live(tails)
     most = max(1, int(budget / 2 / max(max(live), 1)))  # examples at once: half of the budget is for the pairs
