@@ -1,7 +1,9 @@
 """Networks tailored by Taylor: find the channels a trained CNN does not need, remove them in place, retrain."""
 
+from taylored import criteria
 from taylored.checkpoint import load, save
 from taylored.compact import compact, masked, rehearse
+from taylored.criteria import spearman
 from taylored.oracle import oracle
 from taylored.plan import PlanError, PrunePlan, make_plan, random_plan
 from taylored.prune import PruneResult, prune
@@ -18,6 +20,7 @@ __all__ = [
     "TaylorScorer",
     "TraceError",
     "compact",
+    "criteria",
     "load",
     "make_plan",
     "masked",
@@ -26,5 +29,6 @@ __all__ = [
     "random_plan",
     "rehearse",
     "save",
+    "spearman",
     "trace",
 ]
