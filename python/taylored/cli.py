@@ -1,6 +1,7 @@
-"""The command: `taylored prune` takes a classifier and a folder of images, and leaves a smaller one and a report.
+"""The command: `taylored prune` takes a classifier and a folder of images, and leaves a smaller one and a report;
+`taylored rank` judges the criteria instead (rank.py).
 
-It is the walk-through of arXiv:1611.06440 end to end: fit the last layer to the classes, train, rank, prune and
+`prune` is the walk-through of arXiv:1611.06440 end to end: fit the last layer to the classes, train, rank, prune and
 fine-tune in rounds, and measure what came of it. Everything it decides is an option; everything it writes lies in --out.
 """
 
@@ -18,6 +19,7 @@ from torch import nn
 import taylored
 from taylored import data, latency, report, zoo
 from taylored.checkpoint import CheckpointError
+from taylored.criteria import CRITERIA
 from taylored.files import write_atomically
 from taylored.job import (
     CHECKPOINT,
@@ -33,8 +35,10 @@ from taylored.job import (
     images,
     prepare,
 )
+from taylored.oracle import PRECISIONS, parse_memory
 from taylored.plan import NORMS, PlanError, make_plan
 from taylored.prune import updates
+from taylored.rank import rank
 from taylored.trace import TraceError
 
 PRUNED, REPORT = "pruned.safetensors", "report.html"
@@ -46,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     _keep_freed_memory()
     try:
-        prune(options)
+        {"prune": prune, "rank": rank}[options.command](options)
     except (*ERRORS, OutError) as error:
         print(f"taylored: {_one_line(error)}", file=sys.stderr)
         return 2
@@ -54,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"taylored: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ntaylored: interrupted; the same command with --resume goes on from the last round", file=sys.stderr)
+        print("\ntaylored: interrupted; the same command with --resume goes on from there", file=sys.stderr)
         return 130
     return 0
 
@@ -81,68 +85,45 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"taylored {taylored.__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    p = commands.add_parser(
-        "prune",
-        help="prune an image classifier to a budget of FLOPs",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Fit a classifier to a folder of images, prune it to a budget while it trains, and report.",
-    )
-    number, positive, fraction = _number(int, 0), _number(int, 1), _number(float, 0, 1)
-    group = p.add_argument_group("what")
-    group.add_argument(
-        "--data", default="digits", metavar="SRC", help="'digits', or a folder with train/CLASS/* and test/CLASS/*"
-    )
-    group.add_argument(
-        "--model", default="small_vgg", metavar="NAME", help="a torchvision name, timm:NAME, small_vgg or file.py:function"
-    )
-    group.add_argument(
-        "--weights", default="none", metavar="W", help="'none', 'DEFAULT' (download), or a .safetensors, .pth or .pt file"
-    )
-    group.add_argument("--out", required=True, metavar="DIR", help="where the model, the figures and the report go")
-    group.add_argument("--resume", action="store_true", help="go on from what --out has")
-    group = p.add_argument_group("images")
-    group.add_argument(
-        "--image-size", type=positive, metavar="N", help="side of the square the model sees (default: the model's; digits: 8)"
-    )
-    group.add_argument("--mean", type=float, nargs="+", metavar="X", help="of the pixels in 0..1 (default: the model's)")
-    group.add_argument(
-        "--std", type=_number(float, 1e-6), nargs="+", metavar="X", help="of the pixels in 0..1 (default: the model's)"
-    )
-    group.add_argument("--batch-size", type=positive, default=32, metavar="N", help=" ")
-    group.add_argument("--workers", type=number, default=0, metavar="N", help="processes that decode images too many for memory")
-    group = p.add_argument_group("training")
-    group.add_argument(
-        "--train-epochs",
-        type=number,
-        metavar="N",
-        help="before pruning (default: 20 without weights, all layers; 3 for a new last layer, that alone; else 0)",
-    )
-    group.add_argument(
-        "--train-lr",
-        "--head-lr",
-        dest="train_lr",
-        type=_number(float, 0),
-        default=2e-3,
-        metavar="X",
-        help="AdamW's learning rate before pruning, falling to 0.01 of itself",
-    )
+    for name, add, line, description in (
+        (
+            "prune",
+            _prune_options,
+            "prune an image classifier to a budget of FLOPs",
+            "Fit a classifier to a folder of images, prune it to a budget while it trains, and report.",
+        ),
+        (
+            "rank",
+            _rank_options,
+            "judge criteria of pruning by the oracle",
+            "Measure what a classifier loses without each of its units, score the units by every criterion, and report which "
+            "criteria agree with the measurement. Runs on several processes under torchrun.",
+        ),
+    ):
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        add(commands.add_parser(name, help=line, description=description, formatter_class=formatter))
+    return top
+
+
+def _prune_options(p) -> None:
+    _what_and_images(p)
+    group = _training(p)
     group.add_argument(
         "--lr",
         type=_number(float, 0),
         metavar="X",
         help="the same from the first round on, falling after the last (default: 1e-4 with weights, else 3e-4)",
     )
-    group.add_argument("--weight-decay", type=_number(float, 0), default=1e-4, metavar="X", help=" ")
     group.add_argument(
         "--batch-norm",
         choices=("frozen", "train"),
         help="from the first round on: use the statistics there are, or each batch's (default: frozen with weights, else train)",
     )
-    group.add_argument("--rounds", type=positive, default=10, metavar="N", help="cuts on the way to the budget")
+    group.add_argument("--rounds", type=POSITIVE, default=10, metavar="N", help="cuts on the way to the budget")
     group.add_argument(
         "--round-epochs", type=_number(float, 1e-6), default=1.0, metavar="X", help="trained, and scored, before each cut"
     )
-    group.add_argument("--final-epochs", type=number, default=10, metavar="N", help="after the last cut")
+    group.add_argument("--final-epochs", type=NUMBER, default=10, metavar="N", help="after the last cut")
     group = p.add_argument_group("pruning")
     group.add_argument(
         "--target-flops", type=_fraction_above_0, default=0.5, metavar="F", help="share of the FLOPs that may remain, in (0, 1]"
@@ -157,16 +138,93 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--flops-weight", type=_number(float, 0), default=1e-3, metavar="X", help="lambda in: score - lambda * FLOPs of the unit"
     )
-    group.add_argument("--round-to", type=positive, default=1, metavar="N", help="keep a multiple of N channels per layer")
-    group.add_argument("--min-units", type=positive, default=1, metavar="N", help="units that every group keeps")
-    group.add_argument("--max-ratio", type=fraction, default=1.0, metavar="X", help="share of a group that may go")
+    group.add_argument("--round-to", type=POSITIVE, default=1, metavar="N", help="keep a multiple of N channels per layer")
+    group.add_argument("--min-units", type=POSITIVE, default=1, metavar="N", help="units that every group keeps")
+    group.add_argument("--max-ratio", type=FRACTION, default=1.0, metavar="X", help="share of a group that may go")
     group.add_argument("--ignore", nargs="+", default=[], metavar="NAME", help="modules or groups that stay as they are")
+    group = _machine(p)
+    group.add_argument("--latency-batch", type=POSITIVE, default=8, metavar="N", help="images per batch when latency is measured")
+
+
+def _rank_options(p) -> None:
+    _what_and_images(p)
+    _training(p)
+    p.set_defaults(lr=None)  # what `prune` trains weights at, where epochs are asked for and the last layer is not new
+    group = p.add_argument_group("ranking")
+    group.add_argument(
+        "--criteria",
+        nargs="+",
+        choices=("all", *CRITERIA),
+        default=["all"],
+        metavar="NAME",
+        help="one or more of: %(choices)s",
+    )
+    group.add_argument("--examples", type=POSITIVE, default=1000, metavar="N", help="training images to judge on")
+    group.add_argument(
+        "--units", type=_number(int, 2), metavar="N", help="measure only so many of each group, drawn at random (default: all)"
+    )
+    group.add_argument("--memory", type=_memory, default="1GiB", metavar="SIZE", help="for the oracle's values: '512MiB', '4GiB'")
+    group.add_argument(
+        "--precision", choices=tuple(PRECISIONS), default="float32", help="of the oracle; bfloat16 is faster and approximate"
+    )
+    _machine(p)
+
+
+def _what_and_images(p) -> None:
+    group = p.add_argument_group("what")
+    group.add_argument(
+        "--data", default="digits", metavar="SRC", help="'digits', or a folder with train/CLASS/* and test/CLASS/*"
+    )
+    group.add_argument(
+        "--model", default="small_vgg", metavar="NAME", help="a torchvision name, timm:NAME, small_vgg or file.py:function"
+    )
+    group.add_argument(
+        "--weights", default="none", metavar="W", help="'none', 'DEFAULT' (download), or a .safetensors, .pth or .pt file"
+    )
+    group.add_argument("--out", required=True, metavar="DIR", help="where the model, the figures and the report go")
+    group.add_argument("--resume", action="store_true", help="go on from what --out has")
+    group = p.add_argument_group("images")
+    group.add_argument(
+        "--image-size",
+        type=POSITIVE,
+        metavar="N",
+        help="side of the square the model sees (default: the model's; digits: 8)",
+    )
+    group.add_argument("--mean", type=float, nargs="+", metavar="X", help="of the pixels in 0..1 (default: the model's)")
+    group.add_argument(
+        "--std", type=_number(float, 1e-6), nargs="+", metavar="X", help="of the pixels in 0..1 (default: the model's)"
+    )
+    group.add_argument("--batch-size", type=POSITIVE, default=32, metavar="N", help=" ")
+    group.add_argument("--workers", type=NUMBER, default=0, metavar="N", help="processes that decode images too many for memory")
+
+
+def _training(p):
+    group = p.add_argument_group("training")
+    group.add_argument(
+        "--train-epochs",
+        type=NUMBER,
+        metavar="N",
+        help="at first (default: 20 without weights, all layers; 3 for a new last layer, that alone; else 0)",
+    )
+    group.add_argument(
+        "--train-lr",
+        "--head-lr",
+        dest="train_lr",
+        type=_number(float, 0),
+        default=2e-3,
+        metavar="X",
+        help="AdamW's learning rate at first, falling to 0.01 of itself",
+    )
+    group.add_argument("--weight-decay", type=_number(float, 0), default=1e-4, metavar="X", help=" ")
+    return group
+
+
+def _machine(p):
     group = p.add_argument_group("machine")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=" ")
-    group.add_argument("--threads", type=positive, metavar="N", help="of the CPU (default: torch's choice)")
-    group.add_argument("--seed", type=number, default=0, metavar="N", help=" ")
-    group.add_argument("--latency-batch", type=positive, default=8, metavar="N", help="images per batch when latency is measured")
-    return top
+    group.add_argument("--threads", type=POSITIVE, metavar="N", help="of the CPU (default: torch's choice)")
+    group.add_argument("--seed", type=NUMBER, default=0, metavar="N", help=" ")
+    return group
 
 
 def _number(kind, least, most=math.inf):
@@ -183,6 +241,17 @@ def _number(kind, least, most=math.inf):
         return value
 
     return parse
+
+
+NUMBER, POSITIVE, FRACTION = _number(int, 0), _number(int, 1), _number(float, 0, 1)
+
+
+def _memory(text):
+    try:
+        parse_memory(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected bytes, or text like '512MiB' or '2GiB'") from error
+    return text
 
 
 def _fraction_above_0(text):

@@ -210,7 +210,7 @@ class Journal:
 
 def _line(event) -> str:
     number = event.get("round", event.get("epoch", ""))
-    words = [f"{event['event'].replace('_', ' ')} {number}".ljust(14)]
+    words = [f"{event['event'].replace('_', ' ')} {number}".ljust(18)]
     if "flops" in event:
         words += [f"{event['flops_left']:6.1%} of the FLOPs", f"{event['units']:6d} units"]
     if event.get("loss") is not None:
