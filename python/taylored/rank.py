@@ -193,8 +193,8 @@ def mean_loss(model: nn.Module, batches) -> float:
 
 def ranking(summary: dict) -> list[str]:
     """The criteria, best first: by their agreement with the oracle over all units, each group divided by its L2 norm."""
-    names = [name for name in summary["criteria"] if name != "oracle-abs"]
-    return sorted(names, key=lambda n: summary["criteria"][n]["all_units_l2"] or -math.inf, reverse=True)
+    rhos = {name: e["all_units_l2"] for name, e in summary["criteria"].items() if name != "oracle-abs"}
+    return sorted(rhos, key=lambda name: -math.inf if rhos[name] is None else rhos[name], reverse=True)
 
 
 def rows(summary: dict) -> list[tuple[str, ...]]:
