@@ -1,7 +1,10 @@
 """Networks tailored by Taylor: find the channels a trained CNN does not need, remove them in place, retrain."""
 
+from taylored import criteria
 from taylored.checkpoint import load, save
 from taylored.compact import compact, masked, rehearse
+from taylored.criteria import spearman
+from taylored.oracle import oracle
 from taylored.plan import PlanError, PrunePlan, make_plan, random_plan
 from taylored.prune import PruneResult, prune
 from taylored.score import TaylorScorer
@@ -17,12 +20,15 @@ __all__ = [
     "TaylorScorer",
     "TraceError",
     "compact",
+    "criteria",
     "load",
     "make_plan",
     "masked",
+    "oracle",
     "prune",
     "random_plan",
     "rehearse",
     "save",
+    "spearman",
     "trace",
 ]

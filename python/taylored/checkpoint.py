@@ -7,8 +7,6 @@ executes no code, checks everything, and only then touches the model.
 
 import hashlib
 import json
-import os
-import secrets
 from pathlib import Path
 
 import torch
@@ -17,6 +15,7 @@ from safetensors.torch import save as serialize
 from torch import nn
 
 from taylored.compact import compact
+from taylored.files import write_atomically
 from taylored.plan import PrunePlan
 
 FORMAT = "taylored-1"
@@ -130,15 +129,3 @@ def _digest(state, header) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -25,37 +25,13 @@ from taylored.trace import (
     named_tensors,
     run_pass,
     slot_at,
+    zeroed,
 )
 
 
-@contextlib.contextmanager
 def masked(model: nn.Module, graph: ChannelGraph, plan: PrunePlan):
     """Within the context the model computes as if the plan's units were removed: zeros at their consumers' inputs."""
-    model = getattr(model, "_orig_mod", model)
-    lost: dict[str, list[torch.Tensor]] = {}
-    for name, units in plan.removed.items():
-        for consumer, slots in graph.group(name).inputs.items():
-            lost.setdefault(consumer, []).append(slots[units].flatten())
-    handles = []
-    try:
-        for consumer, indices in lost.items():
-            layer = graph.layers[consumer]
-            mask = torch.ones(len(layer.inputs))
-            mask[torch.cat(indices)] = 0
-            handles.append(model.get_submodule(consumer).register_forward_pre_hook(_zeroing(mask, layer.axis)))
-        yield model
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _zeroing(mask, axis):
-    def hook(_module, args):
-        x = args[0]
-        m = mask.to(x.device, x.dtype)
-        return (x * m.reshape([-1 if i == axis % x.ndim else 1 for i in range(x.ndim)]), *args[1:])
-
-    return hook
+    return zeroed(model, graph, plan.removed)
 
 
 def compact(model: nn.Module, plan: PrunePlan, optimizer=None, also=(), *, release: bool = False) -> None:

@@ -108,13 +108,19 @@ class Batches:
         for pixels, labels in self.loader:
             yield pixels.float().div_(255).sub_(self.mean).div_(self.std), labels
 
+    def sample(self, examples: int) -> "Batches":
+        """So many of the images (or all there are), drawn at random once, crops and all: the same at every iteration."""
+        pixels, labels = self.images.__getitems__(torch.randperm(len(self.images))[:examples].tolist())
+        drawn = Digits(pixels, labels, shift=0)
+        return Batches(drawn, self.loader.batch_size, self.mean.flatten(), self.std.flatten(), train=False)
+
 
 def _as_they_are(batch):
     return batch
 
 
 class Digits(Dataset):
-    """Small uint8 images in one tensor; training shifts each by up to an eighth of its side."""
+    """uint8 images in one tensor; training shifts each by up to an eighth of its side."""
 
     def __init__(self, pixels: torch.Tensor, labels: torch.Tensor, shift: int):
         self.pixels, self.labels, self.shift = pixels, labels, shift

@@ -10,7 +10,7 @@ import math
 import os
 from pathlib import Path
 
-from taylored.checkpoint import write_atomically
+from taylored.files import write_atomically
 from taylored.plan import PrunePlan
 
 BLUE, ORANGE, GREY, LIGHT, INK = "#0072B2", "#D55E00", "#8A8F98", "#DFE3E8", "#22262B"  # Okabe and Ito's blue and vermilion
@@ -80,7 +80,7 @@ def write(path: str | os.PathLike, summary: dict, history: list[dict], plan: Pru
 
 def tradeoff(history: list[dict]) -> str:
     """Accuracy along the rounds, from all of the FLOPs on the left to the budget on the right."""
-    figure, axes = _figure(7.2, 3.4)
+    figure, axes = canvas(7.2, 3.4)
     full = history[0]["flops"]
     rounds = [(100 * e["flops"] / full, 100 * e["accuracy"]) for e in history if e["event"] in ("start", "round")]
     tuned = [(100 * e["flops"] / full, 100 * e["accuracy"]) for e in history if e["event"] == "final_epoch"]
@@ -99,7 +99,7 @@ def tradeoff(history: list[dict]) -> str:
     axes.set_xlabel("FLOPs left, % of the original")
     axes.set_ylabel("test accuracy, %")
     axes.grid(axis="y", color=LIGHT, linewidth=0.8)
-    return _svg(figure, "accuracy against FLOPs along the rounds")
+    return svg(figure, "accuracy against FLOPs along the rounds")
 
 
 def _mark(axes, point, text, color, side):
@@ -111,7 +111,7 @@ def _mark(axes, point, text, color, side):
 def widths(plan: PrunePlan) -> str:
     """Units of every group, before (light) and after (blue)."""
     names = list(plan.units)
-    figure, axes = _figure(7.2, 0.9 + ROW * len(names))
+    figure, axes = canvas(7.2, 0.9 + ROW * len(names))
     before, after = [plan.units[n] for n in names], [plan.kept[n] for n in names]
     place = range(len(names))
     axes.barh(place, before, height=0.74, color=LIGHT)
@@ -119,9 +119,9 @@ def widths(plan: PrunePlan) -> str:
     for i, (b, a) in enumerate(zip(before, after, strict=True)):
         axes.annotate(f"{a} of {b}", (b, i), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5, color=INK)
     axes.set_xlim(0, max(before, default=1) * 1.14)
-    _rows(axes, names)
+    label_rows(axes, names)
     axes.set_xlabel("units: kept (blue) and removed (grey)")
-    return _svg(figure, "units per group before and after")
+    return svg(figure, "units per group before and after")
 
 
 def scores(history: list[dict], plan: PrunePlan) -> str:
@@ -130,7 +130,7 @@ def scores(history: list[dict], plan: PrunePlan) -> str:
 
     first = next(e for e in history if e["event"] == "round")["scores"]
     names = [n for n in plan.units if n in first]
-    figure, axes = _figure(7.2, 1.0 + 1.6 * ROW * len(names))
+    figure, axes = canvas(7.2, 1.0 + 1.6 * ROW * len(names))
     norms = {n: math.sqrt(sum(v * v for v in first[n])) or 1.0 for n in names}
     positive = sorted(v / norms[n] for n in names for v in first[n] if v > 0)
     floor = max(positive[len(positive) // 200], positive[-1] * 1e-6) if positive else 1e-6  # the rest piles up at the left edge
@@ -151,7 +151,7 @@ def scores(history: list[dict], plan: PrunePlan) -> str:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.hlines([i + 0.5 for i in range(len(names) - 1)], 0, 1, transform=axes.get_yaxis_transform(), color=LIGHT, linewidth=0.6)
-    _rows(axes, names)
+    label_rows(axes, names)
     axes.grid(axis="x", color=LIGHT, linewidth=0.8)
     axes.set_xlabel("score / L2 norm of the group")
     axes.legend(
@@ -164,10 +164,10 @@ def scores(history: list[dict], plan: PrunePlan) -> str:
         columnspacing=1.2,
         borderaxespad=0.2,
     )
-    return _svg(figure, "scores of every group before the first cut")
+    return svg(figure, "scores of every group before the first cut")
 
 
-def _rows(axes, names):
+def label_rows(axes, names):
     """One row per group, the network's first layer at the top."""
     shown = [n if len(n) <= 40 else f"...{n[-37:]}" for n in names]
     axes.set_yticks(range(len(names)), shown, fontsize=7.5)
@@ -176,20 +176,22 @@ def _rows(axes, names):
     axes.spines["left"].set_visible(False)
 
 
-def _figure(width, height):
+def canvas(width, height, rows=1, columns=1):
+    """A figure of so many inches and its axes, an array of them if there are several."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
-    axes = figure.subplots()
-    axes.set_facecolor("none")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GREY)
-    axes.tick_params(colors=INK, labelsize=9)
-    axes.set_axisbelow(True)
+    axes = figure.subplots(rows, columns)
+    for each in figure.axes:
+        each.set_facecolor("none")
+        each.spines[["top", "right"]].set_visible(False)
+        each.spines[["left", "bottom"]].set_color(GREY)
+        each.tick_params(colors=INK, labelsize=9)
+        each.set_axisbelow(True)
     return figure, axes
 
 
-def _svg(figure, label) -> str:
+def svg(figure, label) -> str:
     """The figure as an <svg> element that can stand in a page beside others."""
     from matplotlib import rc_context
 
@@ -228,17 +230,25 @@ def page(summary: dict, history: list[dict], pictures) -> str:
     left = summary["flops_after"] / summary["flops_before"]
     change = 100 * (summary["accuracy_after"] - summary["accuracy_before"])
     lead = f"{left:.0%} of the FLOPs, {change:+.2f} points of accuracy, in {duration(summary['seconds'])}."
-    figures = "\n".join(f"<h2>{html.escape(t)}</h2>\n<p>{html.escape(c)}</p>\n<figure>{svg}</figure>" for t, c, svg in pictures)
+    totals = html_table(("", "before", "after", "change"), rows(summary), "totals")
+    log = html_table(("", "FLOPs", "parameters", "units", "loss", "accuracy", "seconds"), [_round(e) for e in history], "log")
+    return document(title, lead, f"{totals}\n{figures(pictures)}\n<h2>Rounds</h2>\n{log}", settings)
+
+
+def figures(pictures) -> str:
+    """(title, caption, svg), one below the other."""
+    return "\n".join(f"<h2>{html.escape(t)}</h2>\n<p>{html.escape(c)}</p>\n<figure>{svg}</figure>" for t, c, svg in pictures)
+
+
+def document(title: str, lead: str, body: str, settings: dict) -> str:
+    """A page that needs no other file. body is HTML; the rest is text."""
     terms = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in settings.items())
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
 <p>{html.escape(lead)}</p>
-{_html_table(("", "before", "after", "change"), rows(summary), "totals")}
-{figures}
-<h2>Rounds</h2>
-{_html_table(("", "FLOPs", "parameters", "units", "loss", "accuracy", "seconds"), [_round(e) for e in history], "log")}
+{body}
 <details><summary>Settings</summary><dl>{terms}</dl></details>
 </body></html>
 """
@@ -264,7 +274,7 @@ def _round(event):
     return name[event["event"]], *numbers
 
 
-def _html_table(header, lines, kind) -> str:
+def html_table(header, lines, kind) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "\n".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
     return f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>'

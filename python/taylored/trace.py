@@ -915,6 +915,37 @@ def run_pass(model, stand_ins, mode: LabelMode, training: bool, args, kwargs) ->
     return Pass(training, mode.keep_real, args, kwargs, [tuple(t.shape) for t in outputs])
 
 
+@contextlib.contextmanager
+def zeroed(model: nn.Module, graph: ChannelGraph, units: dict[str, torch.Tensor]):
+    """Within the context the model computes as if the units (group name -> unit indices) were removed: their channels are
+    zero at the inputs of all their consumers."""
+    model = getattr(model, "_orig_mod", model)
+    lost: dict[str, list[torch.Tensor]] = {}
+    for name, indices in units.items():
+        for consumer, slots in graph.group(name).inputs.items():
+            lost.setdefault(consumer, []).append(slots[indices].flatten())
+    handles = []
+    try:
+        for consumer, indices in lost.items():
+            layer = graph.layers[consumer]
+            mask = torch.ones(len(layer.inputs))
+            mask[torch.cat(indices)] = 0
+            handles.append(model.get_submodule(consumer).register_forward_pre_hook(_zeroing(mask, layer.axis)))
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _zeroing(mask, axis):
+    def hook(_module, args):
+        x = args[0]
+        m = mask.to(x.device, x.dtype)
+        return (x * m.reshape([-1 if i == axis % x.ndim else 1 for i in range(x.ndim)]), *args[1:])
+
+    return hook
+
+
 LIBRARIES = tuple(f"{Path(file).parent}/" for file in (torch.__file__, __file__))
 
 

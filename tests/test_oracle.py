@@ -1,0 +1,286 @@
+"""The oracle is exact: zeroing every unit in turn and running the whole model gives the same; so does removing it."""
+
+import copy
+import math
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import models as nets
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import taylored
+from taylored import oracle, trace
+from taylored.oracle import Replay, parse_memory
+from taylored.trace import zeroed
+
+ARCHITECTURES = [
+    "vgg11_bn", "resnet18", "resnext50_32x4d", "densenet121", "googlenet", "squeezenet1_1", "mobilenet_v2",
+    "mobilenet_v3_small", "shufflenet_v2_x0_5", "efficientnet_b0", "regnet_y_400mf", "convnext_tiny",
+]  # fmt: skip
+
+
+def task(count=6, classes=5, seed=0, size=8):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 3, size, size, generator=generator)
+    return x, torch.randint(0, classes, (count,), generator=generator)
+
+
+@torch.inference_mode()
+def brute_force(model, graph, batches, units=None):
+    """(change of the mean loss of each unit, mean loss), by running the whole model with the unit zeroed."""
+
+    def loss():
+        return sum(float(cross_entropy(model(x), y, reduction="sum")) for x, y in batches) / sum(len(y) for _, y in batches)
+
+    changes, base = {}, loss()
+    for group in graph.groups:
+        changes[group.name] = torch.full((group.units,), math.nan, dtype=torch.float64)
+        for unit in range(group.units) if units is None else units[group.name]:
+            with zeroed(model, graph, {group.name: torch.tensor([unit])}):
+                changes[group.name][unit] = loss() - base
+    return changes, base
+
+
+def agree(found, expected, base, tolerance=1e-5):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(found[name].isnan(), expected[name].isnan())
+        error = (found[name] - expected[name]).nan_to_num().abs()
+        assert (error <= tolerance * (base + expected[name].nan_to_num()).abs()).all(), name
+
+
+def without_warnings(*arguments, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # "runs the whole model": the replay did not work
+        return oracle(*arguments, progress=False, **options)
+
+
+@pytest.mark.parametrize("name", nets.NETS)
+def test_every_unit_is_exact(name):
+    model, batches = nets.small(name), [task(6), task(3, seed=1)]
+    graph = trace(model, nets.inputs(1))
+    expected, base = brute_force(model, graph, batches)
+    assert any((change.abs() > 1e-4).any() for change in expected.values())
+    agree(without_warnings(model, graph, batches, cross_entropy, mode="loss"), expected, base)
+    found = without_warnings(model, graph, batches, cross_entropy)
+    assert all(torch.equal(found[n], without_warnings(model, graph, batches, cross_entropy, mode="loss")[n].abs()) for n in found)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_real_architectures_are_exact(name):
+    from torchvision import models
+
+    torch.manual_seed(0)
+    options = {"init_weights": False} if name == "googlenet" else {}
+    x, y = task(3, 1000, size=64)
+    model = nets.randomised(models.get_model(name, weights=None, **options), x).eval()
+    graph = trace(model, x[:1])
+    units = {g.name: [torch.randint(g.units, ()).item()] for g in graph.groups}
+    expected, base = brute_force(model, graph, [(x, y)], units)
+    agree(without_warnings(model, graph, [(x, y)], cross_entropy, mode="loss", units=units), expected, base)
+
+
+@pytest.mark.parametrize("name", nets.NETS)
+def test_the_change_is_that_of_the_model_really_pruned(name):
+    model, (x, y) = nets.small(name), task()
+    graph = trace(model, x[:1])
+    changes = without_warnings(model, graph, [(x, y)], cross_entropy, mode="loss")
+    with torch.inference_mode():
+        base = float(cross_entropy(model(x), y))
+    for group in graph.groups:
+        for unit in {0, group.units - 1}:
+            pruned = copy.deepcopy(model)
+            taylored.compact(pruned, taylored.PrunePlan.of(graph, {group.name: torch.tensor([unit])}))
+            with torch.inference_mode():
+                loss = float(cross_entropy(pruned(x), y))
+            assert loss - base == pytest.approx(float(changes[group.name][unit]), abs=1e-5 * loss)
+
+
+@pytest.mark.parametrize("memory", [1, "4KiB", "100kB"])
+def test_little_memory_changes_nothing(memory):
+    model, batches = nets.small("concatenation"), [task(7)]
+    graph = trace(model, nets.inputs(1))
+    expected = without_warnings(model, graph, batches, cross_entropy, mode="loss")
+    found = without_warnings(model, graph, batches, cross_entropy, mode="loss", memory=memory)
+    assert all(torch.allclose(found[n], expected[n], rtol=1e-4, atol=1e-6) for n in expected)
+
+
+def test_the_absolute_value_is_taken_after_averaging():
+    model, batches = nets.small(), [task(4, seed=s) for s in range(3)]
+    graph = trace(model, nets.inputs(1))
+    each = [oracle(model, graph, [b], cross_entropy, mode="loss", progress=False) for b in batches]
+    whole = oracle(model, graph, batches, cross_entropy, progress=False)
+    for name, values in whole.items():
+        mean = sum(e[name] for e in each) / 3
+        torch.testing.assert_close(values, mean.abs(), rtol=1e-4, atol=1e-6)
+        assert not torch.allclose(values, sum(e[name].abs() for e in each) / 3, rtol=1e-3)
+
+
+def test_units_that_are_zero_anyway_are_not_run(monkeypatch):
+    model, (x, y) = nets.small("flatten"), task()
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 5)).eval()
+    with torch.no_grad():
+        model[0].bias[2] = -100.0  # dead
+    graph, pairs = trace(model, x[:1]), []
+    replay = Replay.replay
+
+    def counting(self, tail, values, rows, segments):
+        pairs.append((tail.group.name, [u for u, *_ in segments], len(rows)))
+        return replay(self, tail, values, rows, segments)
+
+    monkeypatch.setattr(Replay, "replay", counting)
+    found = oracle(model, graph, [(x, y)], cross_entropy, mode="loss", progress=False)
+    assert found["0"][2] == 0 and (found["0"] != 0).sum() == 5
+    assert all(2 not in units for name, units, _ in pairs if name == "0")
+    assert sum(count for name, _, count in pairs if name == "0") <= 5 * len(x)
+
+
+def test_a_loss_that_cannot_be_mapped_and_structured_outputs():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nets.small("residual")
+
+        def forward(self, x, *, scale):
+            return {"logits": self.net(x) * scale, "other": (x,)}
+
+    def loss(output, targets):
+        if float(output["logits"].sum()) > 1e9:  # data-dependent: vmap refuses
+            raise AssertionError
+        return cross_entropy(output["logits"], targets[0])
+
+    model, (x, y) = Named().eval(), task()
+    inputs = {"x": x, "scale": torch.ones(len(x), 1)}
+    graph = trace(model, {"x": x[:1], "scale": torch.ones(1, 1)})
+    plain = trace(model.net, x[:1])
+    found = oracle(model, graph, [(inputs, [y])], loss, mode="loss", progress=False)
+    expected = oracle(model.net, plain, [(x, y)], cross_entropy, mode="loss", progress=False)
+    for (_, a), (_, b) in zip(sorted(found.items()), sorted(expected.items()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_that_cannot_be_exported_is_masked_and_said_to_be():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nets.small()
+
+        def forward(self, x):
+            return self.net(x) if float(x.sum()) < 1e9 else self.net(-x)
+
+    model, (x, y) = Branching().eval(), task()
+    graph = trace(model, x[:1])
+    with pytest.warns(UserWarning, match="whole model for each unit: it cannot be exported"):
+        found = oracle(model, graph, [(x, y)], cross_entropy, mode="loss", progress=False)
+    agree(found, *brute_force(model, graph, [(x, y)]))
+
+
+def test_the_model_is_left_as_it_was():
+    model = nets.small("depthwise").train()
+    before = nets.snapshot(model)
+    oracle(model, trace(model, nets.inputs(1)), [task()], cross_entropy, progress=False)
+    assert nets.unchanged(before, model) and model.training
+
+
+def test_bfloat16_says_how_well_it_agrees(capsys):
+    model, batches = nets.small("flatten"), [task(32)]
+    graph = trace(model, nets.inputs(1))
+    fast = oracle(model, graph, batches, cross_entropy, precision="bfloat16")
+    exact = oracle(model, graph, batches, cross_entropy, progress=False)
+    assert "Spearman's rho" in capsys.readouterr().out
+    a, b = torch.cat(list(fast.values())), torch.cat(list(exact.values()))
+    assert not torch.equal(a, b) and torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.95
+
+
+def test_a_killed_run_goes_on_where_it_was(monkeypatch, tmp_path):
+    model, batches = nets.small("concatenation"), [task(5), task(5, seed=1)]
+    graph = trace(model, nets.inputs(1))
+    expected = oracle(model, graph, batches, cross_entropy, memory="60kB", progress=False)
+    monkeypatch.setattr(sys.modules["taylored.oracle"], "SAVE_EVERY", 0.0)
+    replay, steps = Replay.replay, []
+
+    def dying(self, *arguments):
+        if len(steps) == 7:
+            raise KeyboardInterrupt
+        steps.append(1)
+        return replay(self, *arguments)
+
+    options = {"memory": "60kB", "progress": False, "checkpoint": tmp_path / "oracle.safetensors"}
+    monkeypatch.setattr(Replay, "replay", dying)
+    with pytest.raises(KeyboardInterrupt):
+        oracle(model, graph, batches, cross_entropy, **options)
+    counted = []
+    monkeypatch.setattr(Replay, "replay", lambda self, *a: counted.append(1) or replay(self, *a))
+    found = oracle(model, graph, batches, cross_entropy, **options)
+    assert all(torch.equal(found[n], expected[n]) for n in expected)
+    whole = len(counted) + 7
+    counted.clear()
+    again = oracle(model, graph, batches, cross_entropy, **options)  # it is done: nothing runs
+    assert not counted and whole > 14 and all(torch.equal(again[n], expected[n]) for n in expected)
+    with pytest.raises(ValueError, match="another model"):
+        oracle(nets.small("concatenation", seed=1), graph, batches, cross_entropy, **options)
+    (tmp_path / "oracle.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="damaged"):
+        oracle(model, graph, batches, cross_entropy, **options)
+
+
+def test_two_processes_give_the_same(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        import torch, models as nets, test_oracle
+        from taylored import oracle, trace
+        torch.distributed.init_process_group("gloo")
+        model, batches = nets.small("concatenation"), [test_oracle.task(6)]
+        found = oracle(model, trace(model, nets.inputs(1)), batches, torch.nn.functional.cross_entropy, progress=False)
+        torch.save(found, {str(tmp_path)!r} + f"/{{torch.distributed.get_rank()}}.pt")
+        torch.distributed.destroy_process_group()
+        """)
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(torchrun, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    model = nets.small("concatenation")
+    expected = oracle(model, trace(model, nets.inputs(1)), [task(6)], cross_entropy, progress=False)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert all(torch.allclose(found[n], expected[n], rtol=1e-4, atol=1e-7) for n in expected)
+
+
+def test_the_bound_is_that_of_the_arithmetic():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    model = nn.Sequential(model, nn.Flatten()).eval()
+    x = torch.randn(2, 3, 8, 8)
+    graph = trace(model, x[:1])
+    first, second, third = 4 * 3 * 9, 8 * 4 * 9, 2 * 8  # multiply-adds per position
+    tails = 4 * (second / 4 + third) + 8 * (third / 8)
+    bound = Replay(model, graph, x, torch.float32).bound({g.name: range(g.units) for g in graph.groups})
+    assert bound == pytest.approx(12 * (first + second + third) / tails)
+
+
+@pytest.mark.parametrize("text, expected", [("1GiB", 2**30), ("512MiB", 2**29), ("1.5kB", 1500), (7, 7), ("64", 64)])
+def test_memory_is_read(text, expected):
+    assert parse_memory(text) == expected
+
+
+def test_bad_arguments_are_named():
+    model = nets.small()
+    graph, batches = trace(model, nets.inputs(1)), [task()]
+    for options, words in [
+        ({"mode": "rel"}, "mode"), ({"precision": "int8"}, "precision"), ({"memory": "lots"}, "memory"),
+        ({"units": {"nope": [0]}}, "nope"), ({"units": {graph.groups[0].name: [99]}}, "units"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            oracle(model, graph, batches, cross_entropy, progress=False, **options)
+    with pytest.raises(ValueError, match="empty"):
+        oracle(model, graph, [], cross_entropy, progress=False)
+    with pytest.raises(FloatingPointError):
+        oracle(model, graph, batches, lambda o, t: cross_entropy(o, t) * math.nan, progress=False)
