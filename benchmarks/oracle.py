@@ -67,7 +67,7 @@ def compare(name, share, batch, precision):
                 loss = float(brute_force())
             assert abs(float(found[group.name][unit]) + base - loss) <= 1e-5 * loss, (group, loss)
     contenders = {"once": lambda: replay({}), "sample": lambda: replay(sample), "forward": brute_force}
-    times = side_by_side(contenders, seconds=60, rounds=(3, 20))
+    times = side_by_side(contenders, seconds=20, rounds=(3, 5))
     bound = Replay(model, graph, x, torch.float32).bound(sample)
     return units, times["forward"], (times["sample"] - times["once"]) / units, bound
 

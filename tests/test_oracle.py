@@ -284,3 +284,43 @@ def test_bad_arguments_are_named():
         oracle(model, graph, [], cross_entropy, progress=False)
     with pytest.raises(FloatingPointError):
         oracle(model, graph, batches, lambda o, t: cross_entropy(o, t) * math.nan, progress=False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/statm")
+@pytest.mark.parametrize("budget", [64, 128])
+def test_memory_stays_within_the_budget(tmp_path, budget):
+    """Resident memory, where malloc gives every large block back at once."""
+    script = tmp_path / "peak.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import threading, time
+        import torch
+        from torchvision import models
+        from taylored import oracle, trace
+
+        def resident():
+            return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+        def watch():
+            while not done:
+                peak.append(max(peak.pop(), resident()))
+                time.sleep(0.002)
+
+        model, x, y = models.mobilenet_v2(weights=None).eval(), torch.randn(32, 3, 128, 128), torch.zeros(32, dtype=torch.int64)
+        graph = trace(model, x[:1])
+        units = {{g.name: [0] for g in graph.groups[::3]}}
+        loss = torch.nn.functional.cross_entropy
+        oracle(model, graph, [(x[:2], y[:2])], loss, units=units, memory="{budget}MiB", progress=False)  # code, thread pools
+        before, peak, done = resident(), [0], []
+        thread = threading.Thread(target=watch)
+        thread.start()
+        oracle(model, graph, [(x, y)], loss, units=units, memory="{budget}MiB", progress=False)
+        done.append(True)
+        thread.join()
+        print(peak[0] - before)
+        """)
+    )
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= 1.1 * budget * 2**20
