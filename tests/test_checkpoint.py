@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from taylored import checkpoint, compact, load, random_plan, save, trace
+from taylored import PlanError, checkpoint, compact, load, random_plan, save, trace
 from taylored.checkpoint import CheckpointError
 
 
@@ -176,3 +176,33 @@ def test_loading_keeps_the_models_own_type_and_device(tmp_path):
     fresh = nets.small().double()
     load(tmp_path / "m", fresh)
     assert all(p.dtype == torch.float64 for p in fresh.parameters())
+
+
+def test_a_model_that_the_plan_was_not_applied_to_is_not_saved(tmp_path):
+    model = nets.small()
+    first = random_plan(trace(model, nets.inputs()), 0.3)
+    with pytest.raises(PlanError, match="Compact it first"):
+        save(tmp_path / "m", model, first)
+    compact(model, first)
+    second = random_plan(trace(model, nets.inputs()), 0.3)
+    compact(model, second)
+    with pytest.raises(PlanError, match=r"first\.then"):
+        save(tmp_path / "m", model, first)
+    assert not list(tmp_path.iterdir())
+    save(tmp_path / "m", model, first.then(second))
+    fresh = nets.small()
+    load(tmp_path / "m", fresh)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), fresh.state_dict().values(), strict=True))
+
+
+def test_a_loaded_model_keeps_no_memory_of_what_was_cut(tmp_path):
+    saved(tmp_path / "m")
+    model = nets.small()
+    load(tmp_path / "m", model)
+    assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in model.state_dict().values())
+
+
+def test_a_failing_write_names_the_file(tmp_path):
+    with pytest.raises(FileNotFoundError) as raised:
+        saved(tmp_path / "nowhere" / "m")
+    assert raised.value.filename == str(tmp_path / "nowhere" / "m")

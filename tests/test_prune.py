@@ -250,3 +250,29 @@ def test_a_damaged_checkpoint_is_not_resumed_from(tmp_path):
     with pytest.raises(CheckpointError):
         run(model, checkpoint=tmp_path / "c", resume=True)
     assert nets.unchanged(before, model)
+
+
+@pytest.mark.parametrize("other", [{"target_flops": 0.3}, {"rounds": 2}, {"round_to": 2}, {"reduction": "square"}])
+def test_resuming_with_other_settings_is_refused(tmp_path, other):
+    run(nets.small().train(), checkpoint=tmp_path / "c", rounds=1, final_epochs=0)
+    model = nets.small().train()
+    before = nets.snapshot(model)
+    with pytest.raises(CheckpointError, match=f"other settings .{next(iter(other))}"):
+        run(model, checkpoint=tmp_path / "c", resume=True, **{"rounds": 1, "final_epochs": 0, **other})
+    assert nets.unchanged(before, model)
+    more = run(model, checkpoint=tmp_path / "c", resume=True, rounds=1, final_epochs=1)  # going on for longer is fine
+    assert [e["event"] for e in more.history] == ["start", "round", "final_epoch"]
+
+
+def test_mixed_up_arguments_are_named():
+    model = nets.small().train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    options = {"target_flops": 0.5, "progress": False}
+    with pytest.raises(TypeError, match="model must be"):
+        prune(data(), model, cross_entropy, optimizer, nets.inputs(1), **options)
+    with pytest.raises(TypeError, match="optimizer must be"):
+        prune(model, data(), cross_entropy, None, nets.inputs(1), **options)
+    with pytest.raises(ValueError, match="none of the model's parameters"):
+        run(model, torch.optim.SGD(nets.small().parameters(), 0.05))
+    with pytest.raises(ValueError, match=r"must yield \(inputs, targets\)"):
+        run(model, loader=[x for x, _ in data()])

@@ -307,3 +307,11 @@ def test_removing_a_unit_without_contribution_changes_no_loss():
     with torch.no_grad():
         model.second.weight[:, 2] = 0
     assert float(score(model, graph, x, y)["first"][2]) == 0
+
+
+def test_compaction_within_the_context_is_said_to_be_the_mistake():
+    model, x = nets.small(), nets.inputs()
+    graph = trace(model, x)
+    with pytest.raises(RuntimeError, match="leave `with TaylorScorer"), TaylorScorer(model, graph):
+        compact(model, random_plan(graph, 0.5))
+        model(x).sum().backward()

@@ -16,7 +16,8 @@ from torch import nn
 
 from taylored.compact import compact
 from taylored.files import write_atomically
-from taylored.plan import PrunePlan
+from taylored.plan import PlanError, PrunePlan
+from taylored.trace import named_tensors
 
 FORMAT = "taylored-1"
 
@@ -29,8 +30,15 @@ def save(path, model: nn.Module, plan: PrunePlan, *, extra: dict | None = None, 
     """Write a model that `plan` was applied to. Atomic: a reader sees the old file or the new one.
 
     path: the file; its folder must exist. plan: against the original model (plans compose by `plan.then`). extra: JSON
-    values and tensors: further tensors to keep along, both given back by `load`."""
+    values and tensors: further tensors to keep along, both given back by `load`. Raises PlanError if the model does not
+    have the shapes that the plan leaves."""
     model = getattr(model, "_orig_mod", model)
+    for name, tensor in named_tensors(model).items():
+        if name in plan.shapes and tuple(tensor.shape) != plan.shape_after(name):
+            raise PlanError(
+                f"the model is not what the plan leaves: {name!r} has shape {tuple(tensor.shape)}, expected "
+                f"{plan.shape_after(name)}. Compact it first; of several plans in a row save `first.then(second)`"
+            )
     state, aliases, seen = {}, {}, {}
     for name, tensor in model.state_dict().items():
         first = seen.setdefault((tensor.data_ptr(), tensor.shape, tensor.dtype) if tensor.numel() else name, name)
@@ -87,7 +95,7 @@ def load_all(path, model):
         if tuple(tensor.shape) != expected:
             raise CheckpointError(f"{path}: {name!r} has shape {tuple(tensor.shape)}, expected {expected}")
     try:
-        compact(model, plan)
+        compact(model, plan, release=True)
     except ValueError as error:
         raise CheckpointError(f"{path} does not fit the model: {error}") from error
     model.load_state_dict(weights)

@@ -100,9 +100,16 @@ def parser() -> argparse.ArgumentParser:
             "criteria agree with the measurement. Runs on several processes under torchrun.",
         ),
     ):
-        formatter = argparse.ArgumentDefaultsHelpFormatter
-        add(commands.add_parser(name, help=line, description=description, formatter_class=formatter))
+        add(commands.add_parser(name, help=line, description=description, formatter_class=_Help))
     return top
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Names the default where there is one and the text does not."""
+
+    def _get_help_string(self, action):
+        silent = action.default is None or action.default is False or action.default == [] or "(default" in action.help
+        return action.help if silent else super()._get_help_string(action)
 
 
 def _prune_options(p) -> None:
@@ -112,7 +119,8 @@ def _prune_options(p) -> None:
         "--lr",
         type=_number(float, 0),
         metavar="X",
-        help="the same from the first round on, falling after the last (default: 1e-4 with weights, else 3e-4)",
+        help="AdamW's learning rate while pruning; it falls to 0.01 of itself after the last cut (default: 1e-4 with weights, "
+        "else 3e-4)",
     )
     group.add_argument(
         "--batch-norm",
@@ -195,7 +203,13 @@ def _what_and_images(p) -> None:
         "--std", type=_number(float, 1e-6), nargs="+", metavar="X", help="of the pixels in 0..1 (default: the model's)"
     )
     group.add_argument("--batch-size", type=POSITIVE, default=32, metavar="N", help=" ")
-    group.add_argument("--workers", type=NUMBER, default=0, metavar="N", help="processes that decode images too many for memory")
+    group.add_argument(
+        "--workers",
+        type=NUMBER,
+        default=0,
+        metavar="N",
+        help="processes that decode images, where they are too many to be kept decoded in memory",
+    )
 
 
 def _training(p):

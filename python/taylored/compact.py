@@ -21,6 +21,7 @@ from taylored.trace import (
     ChannelGraph,
     LabelMode,
     TraceError,
+    check_fit,
     line_at_fault,
     named_tensors,
     run_pass,
@@ -127,6 +128,8 @@ def _optimizer_jobs(plan, optimizer, names):
     """State that has a parameter's shape, or that shape with some dimensions reduced to 1 (Adafactor's)."""
     jobs, flat = [], []
     cuts, parameters = plan.cuts, [p for group in optimizer.param_groups for p in group["params"]]
+    if not any(id(p) in names for p in parameters):
+        raise PlanError("optimizer has none of the model's parameters: was it made for another model?")
     dims_of = {p: cuts.get(names.get(id(p)), {}) for p in parameters}
     if isinstance(optimizer, torch.optim.LBFGS):
         segments = [(tuple(p.shape), dims) for p, dims in dims_of.items()]
@@ -218,6 +221,10 @@ def rehearse(model: nn.Module, plan: PrunePlan) -> None:
     Raises TraceError with the file and line of the forward that does not follow its input's number of channels."""
     model = getattr(model, "_orig_mod", model)
     graph = plan.graph
+    try:
+        check_fit(graph, model)
+    except ValueError as error:
+        raise PlanError(f"the plan does not fit model: {error}") from error
     after = graph.after(plan.removed)
     attributes = _attributes(model, plan)
     before = [(module, {name: getattr(module, name) for name in values}) for module, values in attributes]

@@ -14,5 +14,9 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is not None:
+            error.filename, error.filename2 = str(path), None  # nobody knows the temporary one
+        raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -103,6 +103,8 @@ def begin(job: Job, files: Iterable[str]) -> bool:
     """Whether the run is resumed. If not, the files of an earlier one are deleted from --out."""
     resumed = job.options.resume and _matches(job)
     if not resumed:
+        if (job.out / SUMMARY).exists():
+            print(f"{job.out} holds an earlier run: it is replaced")
         for name in files:
             (job.out / name).unlink(missing_ok=True)
     return resumed

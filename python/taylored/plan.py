@@ -138,7 +138,7 @@ class PrunePlan:
         (flops, flops_after), (params, params_after) = self.flops, self.params
         return (
             f"PrunePlan(removes {gone} of {total} units in {len(self.removed)} groups: "
-            f"{flops / 1e9:.3f} -> {flops_after / 1e9:.3f} GFLOPs, {params / 1e6:.3f} -> {params_after / 1e6:.3f} M parameters)"
+            f"{flops:.4g} -> {flops_after:.4g} FLOPs, {params:,} -> {params_after:,} parameters)"
         )
 
 
@@ -248,9 +248,11 @@ def make_plan(
         limit = _absolute(name, budget, total)
         least = price(full - counts[-1])
         if least > limit:
+            percentage = " (for a percentage, write a fraction: 0.5)" if isinstance(budget, int) and budget <= 100 else ""
             raise PlanError(
-                f"{name}={budget} ({limit} of {total}) cannot be met: with every unit gone that may go {least} "
-                f"({least / max(total, 1):.3f}) remain. Allow more (min_units, max_ratio, round_to, ignore) or ask for less"
+                f"{name}: at most {limit} of {total} ({limit / max(total, 1):.3f}) may remain{percentage}, which cannot be met: "
+                f"with every unit gone that may go {least} ({least / max(total, 1):.3f}) remain. Let more go (min_units, "
+                f"max_ratio, round_to, ignore) or raise the budget"
             )
         low, n = 0, len(chunks)  # the price falls with every stroke: find the first prefix within the limit
         while low < n:
@@ -290,6 +292,8 @@ def _checked(graph, scores) -> dict[str, torch.Tensor]:
 
 
 def _absolute(name, budget, total) -> int:
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+        raise PlanError(f"{name} must be a number, got {budget!r}")
     if isinstance(budget, float) and 0 < budget <= 1:
         return math.floor(budget * total)
     if budget >= 1:

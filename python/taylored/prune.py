@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from taylored.checkpoint import CheckpointError, load_all, save
+from taylored.checkpoint import CheckpointError, load_all, read, save
 from taylored.compact import compact, rehearse
 from taylored.plan import PrunePlan, make_plan
 from taylored.score import TaylorScorer
@@ -83,7 +83,14 @@ def prune(
     TraceError for a model that cannot run with fewer channels; FloatingPointError when the loss is not finite: that
     step is not taken, and the last checkpoint stands.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     device = _device(model)
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    if not any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError("optimizer has none of the model's parameters that require a gradient: was it made for another model?")
     steps = _length(train_loader)
     if rounds < 1 or round_epochs <= 0 or final_epochs < 0:
         raise ValueError(
@@ -100,10 +107,13 @@ def prune(
     rehearse(model, goal)
     TaylorScorer(model, graph, reduction=reduction)
 
+    settings = {**budget.given, **options, "rounds": rounds, "round_epochs": round_epochs, "reduction": reduction}
+    settings |= {"ignore": sorted(graph.modules.get(m, m) if isinstance(m, nn.Module) else m for m in _listed(ignore))}
+    settings = json.loads(json.dumps(settings | {"freeze_statistics": freeze_statistics}))  # as it comes back from the file
     plan, history, done = PrunePlan.of(graph, {}), [], 0
     current = graph
     if resume and checkpoint is not None and Path(checkpoint).exists():
-        plan, history, done = _resume(checkpoint, model, optimizer, scheduler)
+        plan, history, done = _resume(checkpoint, model, optimizer, scheduler, settings)
         current = graph.after(plan.removed)
 
     def finished(event, loss, since, **more):
@@ -113,7 +123,7 @@ def prune(
         event["seconds"] = round(time.perf_counter() - since, 3)
         history.append(event)
         if checkpoint is not None:
-            _save(checkpoint, model, plan, history, optimizer, scheduler)
+            _save(checkpoint, model, plan, history, optimizer, scheduler, settings)
         if log is not None:
             log(event)
 
@@ -179,7 +189,10 @@ def _train(model, batches, updates, loss_fn, optimizer, scheduler, device, title
     total = 0.0
     with tqdm(total=updates, desc=title, disable=not progress, leave=False) as bar:
         for number in range(updates):
-            inputs, targets = next(batches)
+            batch = next(batches)
+            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+                raise ValueError(f"train_loader must yield (inputs, targets), got {type(batch).__name__}")
+            inputs, targets = batch
             inputs, targets = _to(inputs, device), _to(targets, device)
             args, kwargs = as_arguments(inputs)
             loss = loss_fn(model(*args, **kwargs), targets)
@@ -234,7 +247,11 @@ def _cycle(loader):
             raise ValueError("train_loader yields nothing: there is nothing to score on")
 
 
-def _save(path, model, plan, history, optimizer, scheduler):
+def _listed(ignore):
+    return (ignore,) if isinstance(ignore, (str, nn.Module)) else ignore
+
+
+def _save(path, model, plan, history, optimizer, scheduler, settings):
     state = optimizer.state_dict()
     tensors = {"rng": torch.get_rng_state()}
     plain: dict[str, dict] = {}
@@ -247,6 +264,7 @@ def _save(path, model, plan, history, optimizer, scheduler):
     groups = [{k: v for k, v in group.items() if _is_json(v)} for group in state["param_groups"]]
     schedule = {k: v for k, v in scheduler.state_dict().items() if _is_json(v)} if scheduler is not None else None
     extra = {"history": history, "optimizer": {"state": plain, "param_groups": groups}, "scheduler": schedule}
+    extra["settings"] = settings
     save(path, model, plan, extra=extra, tensors=tensors)
 
 
@@ -258,10 +276,18 @@ def _is_json(value) -> bool:
     return True
 
 
-def _resume(path, model, optimizer, scheduler):
-    plan, extra, tensors = load_all(path, model)
+def _resume(path, model, optimizer, scheduler, settings):
+    extra = read(path)[2]["extra"]
     if "history" not in extra:
         raise CheckpointError(f"{path} is a finished model, not a checkpoint of prune: there is nothing to resume")
+    there = extra["settings"]
+    if differ := sorted(k for k in there.keys() | settings.keys() if there.get(k) != settings.get(k)):
+        k = differ[0]
+        raise CheckpointError(
+            f"{path} is of a run with other settings ({', '.join(differ)}): {k} is {there.get(k)!r} there and "
+            f"{settings.get(k)!r} here"
+        )
+    plan, extra, tensors = load_all(path, model)
     state: dict[int, dict] = {int(i): dict(entry) for i, entry in extra["optimizer"]["state"].items()}
     for name, tensor in tensors.items():
         if name.startswith("optimizer/"):

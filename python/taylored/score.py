@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from taylored import ops
-from taylored.trace import ChannelGraph
+from taylored.trace import ChannelGraph, check_fit
 
 
 class TaylorScorer:
@@ -31,6 +31,7 @@ class TaylorScorer:
             raise ValueError(f"reduction must be one of {list(ops.REDUCTIONS)}, got {reduction!r}")
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
+        check_fit(graph, model)
         self.model = getattr(model, "_orig_mod", model)
         self.graph = graph
         self.reduction = reduction
@@ -45,13 +46,6 @@ class TaylorScorer:
             for name, slots in g.inputs.items()
             if torch.equal(slots.flatten(), torch.arange(len(graph.layers[name].inputs)))
         }
-        for name in self._consumers:
-            layer, module = graph.layers[name], _submodule(self.model, name)
-            channels = module.weight.shape[0 if getattr(module, "transposed", False) else 1]
-            if channels != len(layer.inputs):
-                raise ValueError(
-                    f"graph does not fit model: {name!r} takes {channels} channels, the graph says {len(layer.inputs)}"
-                )
 
     def reset(self) -> None:
         """Forget all scores."""
@@ -103,6 +97,8 @@ class TaylorScorer:
 
     def _units(self, group, name, t, slots):
         """[N, C] contributions of a consumer's channels -> [N, units] of the group's."""
+        if t.shape[1] != len(self.graph.layers[name].inputs):
+            raise RuntimeError(f"{name!r} lost channels while it was scored: leave `with TaylorScorer(...)` before compaction")
         if (group.name, name) in self._in_order:
             return t if slots.shape[1] == 1 else t.reshape(len(t), *slots.shape).sum(2)
         return t[:, slots.to(t.device)].sum(2)
@@ -146,10 +142,3 @@ def _gated(anchor, token, key):
             return (ops.gate(args[0], anchor, token, key), *args[1:])
 
     return hook
-
-
-def _submodule(model, name):
-    try:
-        return model.get_submodule(name)
-    except AttributeError as error:
-        raise ValueError(f"graph does not fit model: it has no module {name!r}") from error

@@ -230,7 +230,7 @@ class ChannelGraph:
     def __repr__(self):
         return (
             f"ChannelGraph({self.model}: {self.prunable_filters} of {self.filters} filters prunable, {self.units} units in "
-            f"{len(self.groups)} groups, {self.flops / 1e9:.3f} GFLOPs, {self.params / 1e6:.2f} M parameters)"
+            f"{len(self.groups)} groups, {self.flops:.4g} FLOPs, {self.params:,} parameters)"
         )
 
 
@@ -838,6 +838,15 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def check_fit(graph: ChannelGraph, model: nn.Module) -> None:
+    """Raises ValueError unless the model's tensors are those that the graph is of."""
+    there = {name: tuple(t.shape) for name, t in named_tensors(getattr(model, "_orig_mod", model)).items()}
+    for name in (*graph.shapes, *there):
+        if there.get(name) != graph.shapes.get(name):
+            here, known = (f"shape {s[name]}" if name in s else "no such tensor" for s in (there, graph.shapes))
+            raise ValueError(f"graph does not fit model: of {name!r} the model has {here}, the graph {known}; trace it anew")
+
+
 def _run(model, tensors, args, kwargs, fully_connected, real):
     tracer = Tracer({id(m): name for name, m in model.named_modules()}, fully_connected)
     tracer.keep_real = real
@@ -919,6 +928,7 @@ def run_pass(model, stand_ins, mode: LabelMode, training: bool, args, kwargs) ->
 def zeroed(model: nn.Module, graph: ChannelGraph, units: dict[str, torch.Tensor]):
     """Within the context the model computes as if the units (group name -> unit indices) were removed: their channels are
     zero at the inputs of all their consumers."""
+    check_fit(graph, model)
     model = getattr(model, "_orig_mod", model)
     lost: dict[str, list[torch.Tensor]] = {}
     for name, indices in units.items():

@@ -97,7 +97,7 @@ def find_head(model: nn.Module, example: torch.Tensor) -> str:
     try:
         with in_mode(model, training=False), torch.no_grad():
             output = model(example)
-    except RuntimeError as error:
+    except Exception as error:  # whatever its forward raises
         raise ModelError(f"--model: it cannot run on an image of shape {tuple(example.shape[1:])}: {error}") from error
     finally:
         for hook in hooks:
