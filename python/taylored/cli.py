@@ -202,7 +202,7 @@ def _what_and_images(p) -> None:
     group.add_argument(
         "--std", type=_number(float, 1e-6), nargs="+", metavar="X", help="of the pixels in 0..1 (default: the model's)"
     )
-    group.add_argument("--batch-size", type=POSITIVE, default=32, metavar="N", help=" ")
+    group.add_argument("--batch-size", type=POSITIVE, default=32, metavar="N", help="images per batch")
     group.add_argument(
         "--workers",
         type=NUMBER,
@@ -229,15 +229,17 @@ def _training(p):
         metavar="X",
         help="AdamW's learning rate at first, falling to 0.01 of itself",
     )
-    group.add_argument("--weight-decay", type=_number(float, 0), default=1e-4, metavar="X", help=" ")
+    group.add_argument("--weight-decay", type=_number(float, 0), default=1e-4, metavar="X", help="AdamW's")
     return group
 
 
 def _machine(p):
     group = p.add_argument_group("machine")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=" ")
+    group.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run; auto: a GPU if there is one"
+    )
     group.add_argument("--threads", type=POSITIVE, metavar="N", help="of the CPU (default: torch's choice)")
-    group.add_argument("--seed", type=NUMBER, default=0, metavar="N", help=" ")
+    group.add_argument("--seed", type=NUMBER, default=0, metavar="N", help="of every random choice")
     return group
 
 
