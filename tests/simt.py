@@ -58,7 +58,7 @@ def load(name):
     source, machine = SIMT / f"{name}.cpp", SIMT / "simt.cpp"
     headers = [*sorted(SIMT.glob("*.h")), *sorted((ROOT / "csrc/cuda").glob("*.cuh"))]
     include = [f"-I{SIMT}", f"-I{ROOT / 'csrc/cuda'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    machine_o = compile_once(Path("machine.o"), ["g++", *FLAGS, "-O2", "-c", machine], [machine, SIMT / "simt.h"])
+    machine_o = compile_once(Path("machine.o"), ["g++", *FLAGS, "-O2", "-c", machine], [machine, *headers])
     command = ["g++", *FLAGS, *INSTRUMENTED, *include, "-c", source]
     module_o = compile_once(Path(f"{name}.o"), command, [source, *headers])
     objects = [module_o, machine_o]

@@ -1,4 +1,5 @@
-// simt for pybind11: a Session is one Device whose buffers are NumPy arrays. A module's binding of a kernel reads
+// simt for pybind11: a Session is one Device whose buffers are NumPy arrays. A module's binding of a kernel
+// reads
 //
 //     m.def("scale", [](py::dict options, py::array x, py::array y, float factor) {
 //         simt::Session s(options);
@@ -24,7 +25,8 @@ class Session : public Device {
   public:
     // Keys, all optional: schedule, seed, resident_blocks, timeout, and misalign: {buffer's name: bytes}.
     explicit Session(const py::dict& options) : Device(parse(options)) {
-        if (options.contains("misalign")) misalign_ = options["misalign"].cast<std::map<std::string, std::size_t>>();
+        if (options.contains("misalign"))
+            misalign_ = options["misalign"].cast<std::map<std::string, std::size_t>>();
     }
 
     template <class T>
@@ -85,7 +87,8 @@ class Session : public Device {
     template <class T>
     T* buffer(const std::string& name, const py::array& a, bool filled) {
         if (a.itemsize() != sizeof(T) || !(a.flags() & py::array::c_style))
-            throw std::invalid_argument(name + ": expected a C-contiguous array of " + std::to_string(sizeof(T)) + "-byte elements");
+            throw std::invalid_argument(name + ": expected a C-contiguous array of " +
+                                        std::to_string(sizeof(T)) + "-byte elements");
         void* p = allocate(name, a.nbytes(), sizeof(T), filled, misalign_[name]);
         if (filled) std::memcpy(p, a.data(), a.nbytes());
         return static_cast<T*>(p);
@@ -120,11 +123,12 @@ class Session : public Device {
 
 // Every module: tests/simt.py passes the linker's table of `__shared__` variables as (name, offset, bytes).
 inline void bind(py::module_& m) {
-    m.def("set_shared_variables", [](const std::vector<std::tuple<std::string, std::size_t, std::size_t>>& table) {
-        std::vector<SharedVariable> variables;
-        for (auto& [name, offset, bytes] : table) variables.push_back({name, offset, bytes});
-        set_shared_variables(std::move(variables));
-    });
+    m.def("set_shared_variables",
+          [](const std::vector<std::tuple<std::string, std::size_t, std::size_t>>& table) {
+              std::vector<SharedVariable> variables;
+              for (auto& [name, offset, bytes] : table) variables.push_back({name, offset, bytes});
+              set_shared_variables(std::move(variables));
+          });
 }
 
 }  // namespace simt

@@ -1,4 +1,5 @@
-// Small kernels with planted faults, and their corrected twins, for tests/test_simt.py: `fault` false is the twin.
+// Small kernels with planted faults, and their corrected twins, for tests/test_simt.py: `fault` false is the
+// twin.
 #include "bind.h"
 
 namespace py = pybind11;
@@ -18,7 +19,8 @@ PYBIND11_MODULE(planted, m) {
         simt::Session s(options);
         auto* in = s.input<float>("x", x);
         auto* out = s.output<float>("y", y);
-        s.launch("reverse", dim3(x.size() / 64), dim3(64), 0, fault ? reverse<true> : reverse<false>, in, out, x.size());
+        s.launch("reverse", dim3(x.size() / 64), dim3(64), 0, fault ? reverse<true> : reverse<false>, in, out,
+                 x.size());
         return s.report();
     });
 }

@@ -1,6 +1,6 @@
-// CUDA's words for g++: a kernel that includes this header runs on the CPU, one fiber per CUDA thread, under a
-// scheduler that means it no good and a checker that sees every access to memory. README.md says what is modelled;
-// simt.cpp is the machine; bind.h hands it NumPy arrays.
+// CUDA's words for g++: a kernel that includes this header runs on the CPU, one fiber per CUDA thread, under
+// a scheduler that means it no good and a checker that sees every access to memory. README.md says what is
+// modelled; simt.cpp is the machine; bind.h hands it NumPy arrays.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,8 @@
 #include <tuple>
 #include <vector>
 
-// ---- Qualifiers. The compiler's thread sanitizer tells shared from global memory by address: `__shared__` variables
+// ---- Qualifiers. The compiler's thread sanitizer tells shared from global memory by address: `__shared__`
+// variables
 // ---- are the module's thread_local segment, each behind a guard that no kernel may touch.
 #define __global__
 #define __device__
@@ -25,7 +26,7 @@
 #define __align__(n) __attribute__((aligned(n)))
 #define SIMT_JOIN(a, b) a##b
 #define SIMT_GUARD(n) [[gnu::used]] static thread_local char SIMT_JOIN(simt_guard_, n)[256]
-#define __shared__         \
+#define __shared__           \
     SIMT_GUARD(__COUNTER__); \
     static thread_local __attribute__((aligned(16)))
 #define DYNAMIC_SHARED(T, name) T* name = static_cast<T*>(simt::dynamic_shared())
@@ -55,8 +56,8 @@ struct Options {
 struct Fault {
     std::string kind, kernel, address, message;  // address: buffer name + offset in bytes
     uint3 block, thread;
-    std::uintptr_t pc;        // of the instruction, within the module's file
-    std::size_t count = 1;    // how often the same instruction did it
+    std::uintptr_t pc;      // of the instruction, within the module's file
+    std::size_t count = 1;  // how often the same instruction did it
 };
 
 struct Traffic {
@@ -71,7 +72,8 @@ struct SharedVariable {
     std::string name;
     std::size_t offset, bytes;  // within the module's thread_local segment
 };
-void set_shared_variables(std::vector<SharedVariable> variables);  // from the symbol table, once the module is loaded
+void set_shared_variables(
+    std::vector<SharedVariable> variables);  // from the symbol table, once the module is loaded
 
 struct Memory;
 
@@ -80,13 +82,16 @@ class Device {
   public:
     explicit Device(Options options);
     ~Device();
-    // A buffer, far from any other; `misalign` bytes past a 256-byte boundary. `written`: the host has filled it.
-    void* allocate(const std::string& name, std::size_t bytes, std::size_t element, bool written, std::size_t misalign = 0);
+    // A buffer, far from any other; `misalign` bytes past a 256-byte boundary. `written`: the host has filled
+    // it.
+    void* allocate(const std::string& name, std::size_t bytes, std::size_t element, bool written,
+                   std::size_t misalign = 0);
     // What the host does when it copies a buffer back: reading what nobody wrote is a fault.
     void host_reads(const void* buffer);
 
     template <class... P, class... A>
-    void launch(const std::string& name, dim3 grid, dim3 block, std::size_t dynamic_bytes, void (*kernel)(P...), A... args) {
+    void launch(const std::string& name, dim3 grid, dim3 block, std::size_t dynamic_bytes,
+                void (*kernel)(P...), A... args) {
         struct Call {
             void (*kernel)(P...);
             std::tuple<P...> args;
@@ -101,8 +106,8 @@ class Device {
     std::uint64_t trace = 0;               // a hash of the order in which fibers ran
 
   private:
-    void run(const std::string& name, dim3 grid, dim3 block, std::size_t dynamic_bytes, void (*invoke)(void*), void* call,
-             std::size_t call_bytes);
+    void run(const std::string& name, dim3 grid, dim3 block, std::size_t dynamic_bytes, void (*invoke)(void*),
+             const void* call, std::size_t call_bytes);
     std::unique_ptr<Memory> memory_;
 };
 
@@ -110,16 +115,16 @@ enum Access { READ = 1, WRITE = 2, ATOMIC = 4, ACQUIRE = 8, RELEASE = 16 };
 enum Collective { SYNC, SHUFFLE, BALLOT, REDUCE };
 
 void* dynamic_shared();
-void access(const void* p, std::size_t bytes, int how, void* pc);
-void changed();  // an atomic changed memory: those who wait may look again
+void access(const void* p, std::size_t bytes, int how, void* pc);  // told before it is made
+void changed();                                                    // what others may wait for
 void fence(bool device);
 void barrier(int line);
 void relax();
-unsigned active_lanes();
 unsigned lane();
+unsigned active_lanes();
 // All lanes of `mask` meet; each brings a word and sees everyone's. Returns the lanes that took part.
 unsigned meet(Collective what, unsigned mask, std::uint64_t word, std::uint64_t (&words)[32]);
-void undefined_lane(unsigned source);
+void undefined_lane(int source);
 
 // An atomic read-modify-write, relaxed as CUDA's are.
 template <class T, class F>
@@ -167,12 +172,14 @@ inline void __syncwarp(unsigned mask = ~0u) {
 }
 
 template <class T>
-__forceinline__ T load_acquire(const T* p) {
-    return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+__attribute__((noinline, no_sanitize("thread"))) T load_acquire(const T* p) {
+    simt::access(p, sizeof(T), simt::READ | simt::ATOMIC | simt::ACQUIRE, __builtin_return_address(0));
+    return *p;
 }
 template <class T>
-__forceinline__ void store_release(T* p, T value) {
-    __atomic_store_n(p, value, __ATOMIC_RELEASE);
+__attribute__((noinline, no_sanitize("thread"))) void store_release(T* p, std::type_identity_t<T> value) {
+    simt::access(p, sizeof(T), simt::WRITE | simt::ATOMIC | simt::RELEASE, __builtin_return_address(0));
+    *p = value;
 }
 
 template <class T>
