@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import os
 import platform
 import shutil
 import subprocess
@@ -35,19 +36,22 @@ def compile_once(output, command, inputs):
     digest = hashlib.sha256(repr([command, version, sys.version]).encode())
     for path in inputs:
         digest.update(Path(path).read_bytes())
-    path = ROOT / "build/simt" / f"{output.stem}-{digest.hexdigest()[:16]}{output.suffix}"
+    stem, _, suffix = output.rpartition(".")
+    path = ROOT / "build/simt" / f"{stem}-{digest.hexdigest()[:16]}.{suffix}"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run([*command, "-o", f"{path}.new"], check=True)
-        Path(f"{path}.new").rename(path)
+        fresh = path.with_suffix(f".{os.getpid()}")  # two test runs may build at once
+        subprocess.run([*command, "-o", fresh], check=True)
+        fresh.rename(path)
     return path
 
 
-def shared_variables(library):
+def symbols(library):
     """Name, offset and size of every `__shared__` variable: the thread_local ones of the module, without their guards."""
     table = subprocess.run(["readelf", "-sWC", library], capture_output=True, text=True, check=True).stdout
     rows = (line.split(maxsplit=7) for line in table.splitlines())
-    found = {(r[7].rpartition("::")[2], int(r[1], 16), int(r[2], 0)) for r in rows if len(r) == 8 and r[3] == "TLS" and r[6] != "UND"}
+    own = (row for row in rows if len(row) == 8 and row[3] == "TLS" and row[6] != "UND")
+    found = {(row[7].rpartition("::")[2], int(row[1], 16), int(row[2], 0)) for row in own}
     return [row for row in found if not row[0].startswith("simt_guard_")]
 
 
@@ -57,14 +61,31 @@ def load(name):
         pytest.skip(reason)
     source, machine = SIMT / f"{name}.cpp", SIMT / "simt.cpp"
     headers = [*sorted(SIMT.glob("*.h")), *sorted((ROOT / "csrc/cuda").glob("*.cuh"))]
-    include = [f"-I{SIMT}", f"-I{ROOT / 'csrc/cuda'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    machine_o = compile_once(Path("machine.o"), ["g++", *FLAGS, "-O2", "-c", machine], [machine, *headers])
-    command = ["g++", *FLAGS, *INSTRUMENTED, *include, "-c", source]
-    module_o = compile_once(Path(f"{name}.o"), command, [source, *headers])
-    objects = [module_o, machine_o]
-    library = compile_once(Path(f"{name}.so"), ["g++", "-shared", *objects], objects)
+    include = [f"-I{path}" for path in (SIMT, ROOT / "csrc/cuda", pybind11.get_include(), sysconfig.get_path("include"))]
+    flags = FLAGS + os.environ.get("SIMT_FLAGS", "").split()
+    # The kernels' objects come first: of an inline function that both have, the linker keeps the instrumented one.
+    objects = [
+        compile_once(f"{name}.o", ["g++", *flags, *INSTRUMENTED, *include, "-c", source], [source, *headers]),
+        compile_once("machine.o", ["g++", *flags, "-O2", "-c", machine], [machine, *headers]),
+    ]
+    library = compile_once(f"{name}.so", ["g++", *flags, "-shared", *objects], objects)
     spec = importlib.util.spec_from_file_location(name, library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.set_shared_variables(shared_variables(library))
+    module.set_shared_variables(symbols(library))
     return module
+
+
+def explain(module, report):
+    """The faults of a report, a line each, with the source line where it is known."""
+    lines = []
+    for fault in report["faults"]:
+        command = ["addr2line", "-ise", module.__file__, hex(fault["pc"])]
+        frames = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() if fault["pc"] else []
+        where = next((frame for frame in frames if not frame.startswith("simt.h")), "")
+        lines.append("{kind}: {kernel} block {block} thread {thread} {message}, {count} times ".format(**fault) + where)
+    return "\n".join(lines)
+
+
+def assert_clean(module, report):
+    assert not report["faults"], explain(module, report)

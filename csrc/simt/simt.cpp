@@ -8,6 +8,7 @@
 
 #include <csignal>
 #include <cstdio>
+#include <queue>
 #include <random>
 #include <set>
 #include <stdexcept>
@@ -121,7 +122,8 @@ struct Launch {
 
     std::deque<std::uint32_t> coming = {};  // blocks that have not started
     std::vector<std::unique_ptr<Block>> resident = {};
-    std::set<std::tuple<std::uint64_t, std::uint32_t, Fiber*>> ready = {};  // by priority, id
+    using Turn = std::tuple<std::uint64_t, std::uint32_t, Fiber*>;  // priority, id
+    std::priority_queue<Turn, std::vector<Turn>, std::greater<>> ready = {};
     std::vector<Fiber*> waiting = {};
     std::uint64_t progress = 1, woken_at = 1;  // progress: changes of memory so far
     unsigned idle = 0;
@@ -140,7 +142,7 @@ struct Launch {
     }
     void make_ready(Fiber* f) {
         f->state = READY;
-        ready.insert({priority(*f), f->id, f});
+        ready.push({priority(*f), f->id, f});
     }
     void admit(std::uint32_t linear);
     void load_shared(Block* b);
@@ -326,12 +328,10 @@ void complete_barrier(Block& b, int line) {
     std::vector<Ordering*> all;
     for (Fiber& f : b.threads) {
         all.push_back(&f.order);
-        if (f.state == AT_BARRIER && f.barrier_line == line && !b.exited) continue;
-        std::string wait = " others of its block wait at __syncthreads in line " + std::to_string(line);
-        std::string does =
-            f.state == DONE ? "has exited," : "waits in line " + std::to_string(f.barrier_line) + ",";
         if (f.state == AT_BARRIER && f.barrier_line == line) continue;
-        report("divergent barrier", f, line, "", does + wait);
+        std::string does = f.state == DONE ? "has exited" : "waits in line " + std::to_string(f.barrier_line);
+        std::string others = ", others of its block wait at __syncthreads in line " + std::to_string(line);
+        report("divergent barrier", f, 0, "", does + others);
         return abort_launch();
     }
     meet_all(all, BLOCK);
@@ -341,16 +341,16 @@ void complete_barrier(Block& b, int line) {
 }
 
 void complete_meeting(const Fiber& last) {
-    std::vector<Fiber*> group;
-    std::vector<Ordering*> orders;
     unsigned met = 0;
     for (Fiber* f : last.warp->lanes) {
         if (!(last.mask >> f->lane() & 1) || f->state == DONE) continue;
         if (f->state != IN_WARP || f->mask != last.mask || f->meeting != last.meeting) return;
-        group.push_back(f);
-        orders.push_back(&f->order);
         met |= 1u << f->lane();
     }
+    std::vector<Fiber*> group;
+    std::vector<Ordering*> orders;
+    for (Fiber* f : last.warp->lanes)
+        if (met >> f->lane() & 1) group.push_back(f), orders.push_back(&f->order);
     bool whole = group.size() == last.warp->lanes.size();
     if (last.meeting == SYNC) meet_all(orders, whole ? WARP + last.order.thread / 32 : 0);
     if (whole) last.warp->traffic.converge(running->counts);
@@ -477,8 +477,8 @@ void Launch::step() {
         for (Fiber* f : std::exchange(waiting, {})) make_ready(f);
         woken_at = progress;
     }
-    Fiber* f = std::get<Fiber*>(*ready.begin());
-    ready.erase(ready.begin());
+    Fiber* f = std::get<Fiber*>(ready.top());
+    ready.pop();
     device.trace = (device.trace ^ f->id) * 0x100000001b3;
     load_shared(f->block);
     threadIdx = f->index;
