@@ -60,7 +60,7 @@ FAULTS = [
     ("sum", 1, "data race", r"partial\+\d+", simt.SCHEDULES),  # a lost fence
     ("meet", 1, "divergent barrier", "", simt.SCHEDULES),
     ("meet", 2, "divergent barrier", "", simt.SCHEDULES),
-    ("wait", 1, "time-out", "", ("reverse",)),  # a plain read, hoisted out of the loop
+    ("wait", 1, "time-out", "", ("reverse",)),  # looks at the flag once, and spins
 ]
 
 

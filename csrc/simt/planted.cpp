@@ -27,7 +27,8 @@ __global__ void reverse_warp(const float* x, float* y) {
 // y[i] = x[i] + x[i + 1], the last element alone. Planted: one past the end of x, of y, or of shared memory.
 enum class Past { NOTHING, READ, WRITE, SHARED };
 template <Past fault>
-__global__ void neighbours(const float* x, float* y, int n) {
+__attribute__((no_sanitize("bounds", "object-size"))) __global__ void neighbours(const float* x, float* y,
+                                                                                 int n) {
     __shared__ float first[64];
     __shared__ float guarded[64];
     int t = threadIdx.x, i = blockIdx.x * 64 + t;
@@ -95,17 +96,18 @@ __global__ void meet(float* y) {
     y[threadIdx.x] = 1;
 }
 
-// Block 1 waits for block 0. Planted: a plain read, which the compiler may hoist.
+// Block 1 waits for block 0. Planted: it looks once, which is what a compiler may make of a plain read in a
+// loop.
 template <bool fault>
-__global__ void wait(unsigned* flag) {
-    if (blockIdx.x == 0)
-        *(volatile unsigned*)flag = 1;
-    else if (fault)
-        while (*flag == 0) {
-        }
-    else
-        while (*(volatile unsigned*)flag == 0) {
-        }
+__global__ void wait(volatile unsigned* flag) {
+    if (blockIdx.x == 0) {
+        *flag = 1;
+    } else {
+        unsigned seen;
+        do seen = *flag;
+        while (!fault && !seen);
+        while (!seen) asm volatile("" : "+r"(seen));
+    }
 }
 
 // A warp writes 32 floats, `stride` apart, into shared memory, and reads each other's back.
