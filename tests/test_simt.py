@@ -58,6 +58,8 @@ FAULTS = [
     ("compact", 2, "data race", r"x\+\d+", simt.SCHEDULES),  # the flag is raised, but releases nothing
     ("compact", 3, "deadlock", r"loaded\+\d+", ("reverse", "random", "ahead", "behind")),  # waits for a block to come
     ("sum", 1, "data race", r"partial\+\d+", simt.SCHEDULES),  # a lost fence
+    ("sum", 2, "data race", r"partial\+\d+", simt.SCHEDULES),  # a fence for the block alone
+    ("sum", 3, "data race", r"partial\+\d+", simt.SCHEDULES),  # a reader without a fence
     ("meet", 1, "divergent barrier", "", simt.SCHEDULES),
     ("meet", 2, "divergent barrier", "", simt.SCHEDULES),
     ("wait", 1, "time-out", "", ("reverse",)),  # looks at the flag once, and spins

@@ -20,13 +20,19 @@
 
 namespace simt {
 namespace py = pybind11;
+using namespace pybind11::literals;
 
 class Session : public Device {
   public:
     // Keys, all optional: schedule, seed, resident_blocks, timeout, and misalign: {buffer's name: bytes}.
-    explicit Session(const py::dict& options) : Device(parse(options)) {
-        if (options.contains("misalign"))
-            misalign_ = options["misalign"].cast<std::map<std::string, std::size_t>>();
+    explicit Session(const py::dict& options) : Device({}), given_(options.attr("copy")()) {
+        take("schedule", this->options.schedule);
+        take("seed", this->options.seed);
+        take("resident_blocks", this->options.resident_blocks);
+        take("timeout", this->options.timeout);
+        take("misalign", misalign_);
+        for (auto [key, value] : given_)
+            throw std::invalid_argument("simt: no option '" + key.cast<std::string>() + "'");
     }
 
     template <class T>
@@ -57,23 +63,22 @@ class Session : public Device {
             std::memcpy(o.host, o.device, o.bytes);
         }
         py::list found;
-        for (auto& f : faults) {
-            py::dict d;
-            d["kind"] = f.kind, d["kernel"] = f.kernel, d["address"] = f.address, d["message"] = f.message;
-            d["block"] = py::make_tuple(f.block.x, f.block.y, f.block.z);
-            d["thread"] = py::make_tuple(f.thread.x, f.thread.y, f.thread.z);
-            d["pc"] = f.pc, d["count"] = f.count;
-            found.append(d);
-        }
-        py::dict kernels, result;
-        for (auto& [name, c] : counts) {
-            py::dict d;
-            d["loads"] = traffic(c.loads), d["stores"] = traffic(c.stores), d["atomics"] = traffic(c.atomics);
-            d["shared_requests"] = c.shared_requests, d["bank_conflicts"] = c.bank_conflicts;
-            kernels[name.c_str()] = d;
-        }
-        result["faults"] = found, result["kernels"] = kernels, result["trace"] = trace;
-        return result;
+        for (auto& f : faults)
+            found.append(py::dict("kind"_a = f.kind, "kernel"_a = f.kernel, "address"_a = f.address,
+                                  "message"_a = f.message,
+                                  "block"_a = py::make_tuple(f.block.x, f.block.y, f.block.z),
+                                  "thread"_a = py::make_tuple(f.thread.x, f.thread.y, f.thread.z),
+                                  "pc"_a = f.pc, "count"_a = f.count));
+        py::dict kernels;
+        auto traffic = [](const Traffic& t) {
+            return py::dict("requests"_a = t.requests, "bytes"_a = t.bytes, "sectors"_a = t.sectors);
+        };
+        for (auto& [name, c] : counts)
+            kernels[name.c_str()] =
+                py::dict("loads"_a = traffic(c.loads), "stores"_a = traffic(c.stores),
+                         "atomics"_a = traffic(c.atomics), "shared_requests"_a = c.shared_requests,
+                         "bank_conflicts"_a = c.bank_conflicts);
+        return py::dict("faults"_a = found, "kernels"_a = kernels, "trace"_a = trace);
     }
 
   private:
@@ -93,30 +98,12 @@ class Session : public Device {
         if (filled) std::memcpy(p, a.data(), a.nbytes());
         return static_cast<T*>(p);
     }
-    static Options parse(const py::dict& given) {
-        Options o;
-        for (auto [key, value] : given) {
-            auto k = key.cast<std::string>();
-            if (k == "schedule") {
-                o.schedule = value.cast<std::string>();
-            } else if (k == "seed") {
-                o.seed = value.cast<std::uint64_t>();
-            } else if (k == "resident_blocks") {
-                o.resident_blocks = value.cast<unsigned>();
-            } else if (k == "timeout") {
-                o.timeout = value.cast<double>();
-            } else if (k != "misalign") {
-                throw std::invalid_argument("simt: no option '" + k + "'");
-            }
-        }
-        return o;
-    }
-    static py::dict traffic(const Traffic& t) {
-        py::dict d;
-        d["requests"] = t.requests, d["bytes"] = t.bytes, d["sectors"] = t.sectors;
-        return d;
+    template <class T>
+    void take(const char* key, T& value) {
+        if (given_.contains(key)) value = given_.attr("pop")(key).cast<T>();
     }
 
+    py::dict given_;
     std::map<std::string, std::size_t> misalign_;
     std::vector<Output> outputs_;
 };

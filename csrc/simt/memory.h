@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <new>
+#include <unordered_map>
 #include <utility>
 
 #include "order.h"
@@ -32,6 +33,7 @@ struct Region {
     bool shared, filled;       // filled: by the host
     Cell* cells;
     bool touched = false;
+    std::unordered_map<const void*, Published> published = {};  // by this launch's atomics
 
     Region(std::string name, char* base, std::size_t bytes, std::size_t grain, bool shared, bool filled)
         : name(std::move(name)), base(base), bytes(bytes), grain(grain), shared(shared), filled(filled) {

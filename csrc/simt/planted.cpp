@@ -64,8 +64,10 @@ __global__ void compact(float* x, const int* target, int n, unsigned* ticket, un
     if (to >= 0) x[to] = value;
 }
 
-// Each block sums 64 elements; the last to finish sums the sums. Planted: no fence before the ticket.
-template <bool fault>
+// Each block sums 64 elements; the last to finish sums the sums. Planted: no fence before the ticket is
+// drawn, one of too small a scope, or none after.
+enum class Fence { RIGHT, LOST, BLOCK, LOST_BY_READER };
+template <Fence fence>
 __global__ void sum(const float* x, float* partial, unsigned* ticket, float* total) {
     __shared__ bool last;
     float v = x[blockIdx.x * 64 + threadIdx.x];
@@ -73,9 +75,10 @@ __global__ void sum(const float* x, float* partial, unsigned* ticket, float* tot
     if (threadIdx.x % 32 == 0) partial[blockIdx.x * 2 + threadIdx.x / 32] = v;
     __syncthreads();
     if (threadIdx.x == 0) {
-        if constexpr (!fault) __threadfence();
+        if (fence == Fence::BLOCK) __threadfence_block();
+        if (fence == Fence::RIGHT || fence == Fence::LOST_BY_READER) __threadfence();
         last = atomicAdd(ticket, 1) == gridDim.x - 1;
-        __threadfence();
+        if (fence != Fence::LOST_BY_READER) __threadfence();
     }
     __syncthreads();
     if (!last || threadIdx.x) return;
@@ -193,12 +196,13 @@ PYBIND11_MODULE(planted, m) {
         s.launch("compact", blocks, 64, 0, kernels.begin()[fault], data, to, x.size(), ticket, loaded);
         return s.report();
     });
-    m.def("sum", [](Options options, bool fault, py::array x, py::array total) {
+    m.def("sum", [](Options options, int fault, py::array x, py::array total) {
         Session s(options);
         auto *in = s.input<float>("x", x), *out = s.output<float>("total", total);
+        auto kernels = {sum<Fence::RIGHT>, sum<Fence::LOST>, sum<Fence::BLOCK>, sum<Fence::LOST_BY_READER>};
         auto* partial = s.scratch<float>("partial", x.size() / 32);
         auto* ticket = s.scratch<unsigned>("ticket", 1, true);
-        s.launch("sum", x.size() / 64, 64, 0, fault ? sum<true> : sum<false>, in, partial, ticket, out);
+        s.launch("sum", x.size() / 64, 64, 0, kernels.begin()[fault], in, partial, ticket, out);
         return s.report();
     });
     m.def("meet", [](Options options, int fault, py::array y) {

@@ -127,7 +127,6 @@ struct Launch {
     std::vector<Fiber*> waiting = {};
     std::uint64_t progress = 1, woken_at = 1;  // progress: changes of memory so far
     unsigned idle = 0;
-    std::unordered_map<const void*, Published> published = {};
     std::set<std::pair<std::string, std::uintptr_t>> reported = {};
     Block* loaded = nullptr;  // whose static shared memory is in place
     void* scheduler = nullptr;
@@ -287,7 +286,7 @@ void access(const void* address, std::size_t bytes, int how, void* from) {
                             text(unravel(i % l.shape.threads, blockDim));
                  report(kind, f, pc, r->at(at), verb + r->at(at) + rest);
              });
-    if (how & ATOMIC) f.order.synchronise(l.published[p], how);
+    if (how & ATOMIC) f.order.synchronise(r->published[p], how);
     Class c = r->shared ? SHARED : !(how & WRITE) ? LOAD : how & ATOMIC ? ATOMICS : STORE;
     std::uintptr_t instruction = f.calls[f.depth % 64] * 31 + pc;
     f.warp->traffic.record(f.lane(), f.warp->lanes.size(), instruction, c, p, bytes, l.counts);
@@ -534,8 +533,8 @@ void Device::run(const std::string& name, dim3 grid, dim3 block, std::size_t dyn
     for (auto& v : shared_variables)
         if (v.name == "shared_anchor") shared_begin = &shared_anchor - v.offset;
     std::uint32_t blocks = grid.x * grid.y * grid.z, threads = block.x * block.y * block.z;
-    if (!blocks || !threads || threads > 1024)
-        throw std::invalid_argument("simt: CUDA refuses such a launch");
+    if (!blocks || !threads || threads > 1024 || !options.resident_blocks)
+        throw std::invalid_argument("simt: no such launch");
     if (memory_->broken) return;
 
     auto schedule = static_cast<decltype(Launch::schedule)>(at - schedules);
@@ -556,6 +555,7 @@ void Device::run(const std::string& name, dim3 grid, dim3 block, std::size_t dyn
     if (l.hostile()) std::shuffle(l.coming.begin(), l.coming.end(), l.random);
     gridDim = grid;
     blockDim = block;
+    for (auto& [base, r] : memory_->regions) r->published.clear();
     running = &l;
     expired = 0;
 
