@@ -235,9 +235,7 @@ def _training(p):
 
 def _machine(p):
     group = p.add_argument_group("machine")
-    group.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one"
-    )
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     group.add_argument("--threads", type=POSITIVE, metavar="N", help="of the CPU (default: torch's choice)")
     group.add_argument("--seed", type=NUMBER, default=0, metavar="N", help="of every random choice")
     return group
