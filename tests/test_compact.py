@@ -106,6 +106,17 @@ def test_removal_is_zeroing_to_the_last_digits(name, seed):
     check_removal(model, x, graph, random_plan(graph, RATIOS[seed], seed), tolerance=1e-12, apart=True)
 
 
+@pytest.mark.parametrize("name", [*nets.NETS, "shufflenet_v2_x0_5"])
+def test_one_unit_of_each_group_may_be_all_that_is_left(name):
+    torch.manual_seed(0)
+    x = nets.inputs() if name in nets.NETS else torch.randn(2, 3, 64, 64)
+    model = nets.small(name) if name in nets.NETS else nets.randomised(models.get_model(name, weights=None), x).eval()
+    graph = trace(model, x)
+    plan = taylored.PrunePlan.of(graph, {g.name: torch.arange(1, g.units) for g in graph.groups})
+    assert set(plan.kept.values()) == {1}
+    check_removal(model, x, graph, plan, apart=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights_are_moved_exactly(dtype):
     model, x = nets.small("depthwise"), nets.inputs()

@@ -191,21 +191,29 @@ def _attributes(model, plan) -> list[tuple[nn.Module, dict[str, int]]]:
 
 
 class Rehearsal(LabelMode):
-    """Runs the model as it will be. The labels are the components of the trace: only equals may meet."""
+    """Runs the model as it will be. Every slot has a label of its own, and a component of the trace: only slots of one
+    component may meet. (The components themselves would not do for labels: where one unit is left they are all the same.)"""
 
     def __init__(self, module_names, graph):
         super().__init__(module_names)
         self.frozen = graph.frozen
         self.grouped = {name for name, layer in graph.layers.items() if layer.is_grouped}
+        self.components = torch.tensor([FIXED])  # by label; label FIXED is the last one's
         self.flops = 0
 
+    def label(self, components: torch.Tensor) -> torch.Tensor:
+        """Labels for slots of those components."""
+        first = len(self.components) - 1
+        self.components = torch.cat([self.components[:-1], components, self.components[-1:]])
+        return torch.arange(first, first + len(components))
+
     def unite(self, a, b):
-        a, b = a.reshape(-1), b.reshape(-1)
+        a, b = self.components[a.reshape(-1)], self.components[b.reshape(-1)]
         if bool(((a != b) & (a != FIXED) & (b != FIXED)).any()):
             self.fail("channels that do not belong together meet")
 
     def freeze(self, label, reason):
-        if any(int(c) not in self.frozen for c in label.unique() if c != FIXED):
+        if any(int(c) not in self.frozen for c in self.components[label.reshape(-1)].unique() if c != FIXED):
             self.fail(reason)
 
     def counted(self, flops, dimensions):
@@ -231,6 +239,8 @@ def rehearse(model: nn.Module, plan: PrunePlan) -> None:
     try:
         for module, values in attributes:
             module.__dict__.update(values)
+        # A dimension of size 1 carries no labels: where a single channel is left, shapes and FLOPs alone are compared.
+        labelled = all(len(c) > 1 for c in after.components.values())
         for traced in graph.passes:
             mode = Rehearsal({id(m): name for name, m in model.named_modules()}, graph)
             mode.keep_real = traced.real
@@ -240,9 +250,9 @@ def rehearse(model: nn.Module, plan: PrunePlan) -> None:
                     after.shapes[name], dtype=graph.dtypes[name], device=tensor.device if traced.real else "meta"
                 )
                 labels = [
-                    slot_at(torch.from_numpy(after.components[name, d]), tensor.ndim, d)
+                    slot_at(mode.label(torch.from_numpy(after.components[name, d])), tensor.ndim, d)
                     for d in range(tensor.ndim)
-                    if (name, d) in after.components
+                    if labelled and (name, d) in after.components
                 ]
                 mode.set(stand_ins[name], [x for label in labels for x in label])
             try:
