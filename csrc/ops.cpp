@@ -19,4 +19,7 @@ STABLE_TORCH_LIBRARY(taylored, m) {
 
     // Move the kept slices of each of dims to the front of x's own memory, packed in x's own stride order.
     m.def("compact_(Tensor(a!) x, int[] dims, Tensor[] keep) -> ()");
+
+    // The same for tensors of one shape and layout, such as a weight, its gradient and its momenta, at once.
+    m.def("compact_many_(Tensor(a!)[] x, int[] dims, Tensor[] keep) -> ()");
 }

@@ -5,7 +5,7 @@
 #include <array>
 #include <tuple>
 
-#include "maps.h"
+#include "reduce_map.h"
 
 namespace taylored {
 

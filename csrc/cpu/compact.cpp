@@ -16,8 +16,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <string>
 #include <vector>
+
+#include "compact.h"
 
 namespace taylored {
 namespace {
@@ -27,13 +28,6 @@ using torch::stable::Tensor;
 
 constexpr int64_t kWave = 1 << 20;   // bytes of a wave below which one thread is faster than waking another
 constexpr int64_t kLargeUnit = 512;  // bytes from which a call of memmove costs nothing beside its work
-
-// One dimension, as the moves see it. keep == nullptr: all of it.
-struct Level {
-    int64_t size, stride;  // stride in bytes
-    const int64_t* keep;
-    int64_t kept;
-};
 
 struct Run {
     int64_t source, bytes;
@@ -213,74 +207,20 @@ Rows make_rows(const std::vector<Level>& levels) {  // innermost first
     return rows;
 }
 
-// ---- Arguments
-
-// x's dimensions as levels, innermost first; throws where memory is not dense.
-std::vector<Level> levels_of(const Tensor& x, const std::vector<const Level*>& cut) {
-    const auto sizes = x.sizes(), strides = x.strides();
-    std::vector<int64_t> order;
-    for (int64_t d = 0; d < x.dim(); ++d)
-        if (sizes[d] != 1) order.push_back(d);
-    std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return strides[a] < strides[b]; });
-
-    std::vector<Level> levels;
-    const int64_t item = x.element_size();
-    int64_t expected = 1;
-    for (const int64_t d : order) {
-        STD_TORCH_CHECK(strides[d] == expected, "compact_: x is not dense (dimension ", d, " has stride ",
-                        strides[d], ", packed memory has ", expected,
-                        "): pass the whole tensor, not a slice or an expanded view");
-        if (cut[d])
-            levels.push_back({sizes[d], expected * item, cut[d]->keep, cut[d]->kept});
-        else if (!levels.empty() && !levels.back().keep)
-            levels.back().kept = levels.back().size *= sizes[d];  // two whole dimensions are one
-        else
-            levels.push_back({sizes[d], expected * item, nullptr, sizes[d]});
-        expected *= sizes[d];
-    }
-    return levels;
-}
-
-void check_keep(const Tensor& keep, int64_t size, size_t i, int64_t dim) {
-    const auto* index = static_cast<const int64_t*>(keep.const_data_ptr());
-    const int64_t count = keep.numel();
-    bool increasing = true;
-    for (int64_t j = 1; j < count; ++j) increasing &= index[j - 1] < index[j];
-    STD_TORCH_CHECK(increasing, "compact_: keep[", i, "] must be strictly increasing");
-    STD_TORCH_CHECK(count == 0 || (index[0] >= 0 && index[count - 1] < size), "compact_: keep[", i,
-                    "] must lie in [0, ", size, "), the size of x's dimension ", dim, ", but spans ",
-                    count ? index[0] : 0, " to ", count ? index[count - 1] : 0);
-}
-
 void compact_(Tensor x, std::vector<int64_t> dims, std::vector<Tensor> keep) {
-    STD_TORCH_CHECK(dims.size() == keep.size(), "compact_: dims has ", dims.size(), " entries and keep ",
-                    keep.size(), ", expected one index vector per dimension");
-    const int64_t rank = x.dim();
-    std::vector<Level> given(dims.size());
-    std::vector<const Level*> cut(rank, nullptr);
-    std::vector<bool> seen(rank, false);
-    bool empty = x.numel() == 0;
-    for (size_t i = 0; i < dims.size(); ++i) {
-        STD_TORCH_CHECK(dims[i] >= -rank && dims[i] < rank, "compact_: dims[", i, "] is ", dims[i],
-                        ", expected a dimension of x, which has ", rank);
-        const int64_t d = dims[i] < 0 ? dims[i] + rank : dims[i];
-        STD_TORCH_CHECK(!seen[d], "compact_: dims names dimension ", d, " twice");
-        seen[d] = true;
-        STD_TORCH_CHECK(keep[i].scalar_type() == ScalarType::Long && keep[i].dim() == 1 && keep[i].is_cpu(),
-                        "compact_: keep[", i, "] must be a vector of int64 indices on the CPU");
-        if (!keep[i].is_contiguous()) keep[i] = torch::stable::contiguous(keep[i]);
-        check_keep(keep[i], x.size(d), i, d);
-        given[i] = {x.size(d), 0, static_cast<const int64_t*>(keep[i].const_data_ptr()), keep[i].numel()};
-        if (given[i].kept < given[i].size) cut[d] = &given[i];
-        empty |= given[i].kept == 0;
-    }
-    if (empty) return;
-    const std::vector<Level> levels = levels_of(x, cut);
-    if (std::none_of(levels.begin(), levels.end(), [](const Level& level) { return level.keep; })) return;
-    make_rows(levels).move_all(static_cast<char*>(x.mutable_data_ptr()));
+    check_cut(x, dims, keep);
+    const std::vector<Level> levels = cut_levels(x, dims, keep);
+    if (!levels.empty()) make_rows(levels).move_all(static_cast<char*>(x.mutable_data_ptr()));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(taylored, CPU, m) { m.impl("compact_", TORCH_BOX(&compact_)); }
+void compact_many_(std::vector<Tensor> x, std::vector<int64_t> dims, std::vector<Tensor> keep) {
+    for (const Tensor& one : x) compact_(one, dims, keep);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(taylored, CPU, m) {
+    m.impl("compact_", TORCH_BOX(&compact_));
+    m.impl("compact_many_", TORCH_BOX(&compact_many_));
+}
 
 }  // namespace
 }  // namespace taylored

@@ -2,7 +2,7 @@
 // |.|).
 #include <torch/csrc/stable/library.h>
 
-#include "maps.h"
+#include "reduce_map.h"
 
 namespace taylored {
 

@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-#include "maps.h"
+#include "reduce_map.h"
 
 namespace taylored {
 

@@ -1,14 +1,8 @@
-// Feature maps [N, C, *spatial] as the CPU operators see them: which of two memory layouts they have, how a
-// second map is brought to the first one's, and how a reduction over positions is cut into blocks and spread
-// over threads. Blocks depend on the shape alone, so results do not depend on the number of threads.
+// Feature maps [N, C, *spatial] as the operators see them, on either device: which of two memory layouts they
+// have, and how a second map is brought to the first one's.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-
-#include <algorithm>
-#include <memory>
-
-#include "map_kernels.h"
 
 namespace taylored {
 
@@ -22,12 +16,10 @@ struct MapView {
     int64_t outer, positions, position_stride, channels, channel_stride;
 };
 
-MapType map_type(const Tensor& x, const char* op, const char* name);
-
 // Whether x is contiguous, or channels-last of any spatial rank.
 bool has_map_layout(const Tensor& x);
 
-// x itself, or a contiguous copy where its layout is neither of the two.
+// x itself, or a contiguous copy where its layout is neither of the two. Checks dtype and rank.
 Tensor with_map_layout(const Tensor& x, const char* op, const char* name);
 
 // g itself, or a copy in x's layout. Checks that both have the same shape and dtype.
@@ -38,8 +30,5 @@ MapView view_of(const Tensor& x);
 // An uninitialised [N, C] for x's reductions: float64 for float64, else float32; or the dtype given.
 Tensor empty_result(const Tensor& x, ScalarType dtype);
 ScalarType result_type(const Tensor& x);
-
-// Runs `op` over the whole map; result k goes to results[k], of float32, float64 or int64.
-void reduce_map(MapOp op, const Tensor& x, const void* g, void* out, const Tensor* results);
 
 }  // namespace taylored
