@@ -22,7 +22,7 @@ static void accumulate_(Tensor total, std::vector<Tensor> t, int64_t reduction, 
     }
     const Launcher launch(total);
     const auto run = [&](auto* out) {
-        launch(accumulate_blocks(total.numel()), 32 * kWarps,
+        launch(accumulate_blocks(total.numel()), 32 * kPhases,
                accumulate<std::remove_pointer_t<decltype(out)>>, out, t[0].size(0), total.numel(), consumers,
                Reduction{reduction}, scale);
     };

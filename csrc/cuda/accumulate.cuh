@@ -8,7 +8,7 @@
 namespace taylored::cuda {
 
 constexpr int kMaxConsumers = 256;
-constexpr int kWarps = 8;
+constexpr int kPhases = 8;
 
 struct Consumers {  // travels as a kernel argument: no copy, so that a CUDA graph can hold it
     int count;
@@ -19,15 +19,15 @@ struct Consumers {  // travels as a kernel argument: no copy, so that a CUDA gra
 constexpr int64_t accumulate_blocks(int64_t units) { return ceil_div(units, 32); }
 
 template <class Total>
-__global__ __launch_bounds__(32 * kWarps) void accumulate(Total* total, int64_t examples, int64_t units,
-                                                          Consumers consumers, Reduction reduction,
-                                                          double scale) {
-    __shared__ double staged[kWarps][32];
+__global__ __launch_bounds__(32 * kPhases) void accumulate(Total* total, int64_t examples, int64_t units,
+                                                           Consumers consumers, Reduction reduction,
+                                                           double scale) {
+    __shared__ double staged[kPhases][32];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t unit = blockIdx.x * int64_t(32) + lane;
     double sum = 0;
     if (unit < units) {
-        for (int64_t n = warp; n < examples; n += kWarps) {
+        for (int64_t n = warp; n < examples; n += kPhases) {
             const int64_t i = n * units + unit;
             double s = 0;
             for (int k = 0; k < consumers.count; ++k)
@@ -40,7 +40,7 @@ __global__ __launch_bounds__(32 * kWarps) void accumulate(Total* total, int64_t 
     staged[warp][lane] = sum;
     __syncthreads();
     if (warp != 0 || unit >= units) return;
-    for (int w = 1; w < kWarps; ++w) sum += staged[w][lane];
+    for (int w = 1; w < kPhases; ++w) sum += staged[w][lane];
     total[unit] += reduction == Reduction::batch ? fabs(sum) : sum;
 }
 

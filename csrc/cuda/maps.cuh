@@ -20,8 +20,10 @@
 
 namespace taylored::cuda {
 
-constexpr int kThreads = 256;       // of every block
+constexpr int kThreads = 256;  // of every block
+constexpr int kWarps = kThreads / 32;
 constexpr int kTile = 4096;         // float32 values a block of small rows stages; float64: half of it
+constexpr int kRows = 512;          // of a tile at most
 constexpr int kStretch = 256;       // additions in float32
 constexpr int64_t kBlocks = 1024;   // that keep a large GPU busy
 constexpr int64_t kMinSplit = 256;  // positions per sum that make a split's own traffic less than 1%
@@ -73,10 +75,9 @@ __host__ __device__ constexpr int lanes_for(int64_t count) {
 
 inline MapGrid row_grid(MapGrid grid, int tile) {
     const MapShape& s = grid.shape;
-    int64_t rows = tile / std::max<int64_t>(s.positions, 1);
-    const int64_t spread = ceil_div(s.outer, kBlocks / 2);
-    // Sixteen rows of any length begin and end at whole sectors.
-    rows = rows > 16 ? std::min(rows / 16 * 16, round_up(spread, 16)) : std::min(rows, spread);
+    int64_t rows = std::min<int64_t>(tile / std::max<int64_t>(s.positions, 1), kRows);
+    // Sixteen rows of any length begin and end at whole sectors; few of them make many blocks.
+    if (rows > 16) rows = 16 * std::clamp<int64_t>(ceil_div(s.outer, 16 * kBlocks), 1, rows / 16);
     grid.small_rows = true;
     grid.rows_per_block = rows;
     grid.blocks = ceil_div(s.outer, grid.rows_per_block);
@@ -114,7 +115,7 @@ inline MapGrid column_grid(MapGrid grid, int sums) {
     return grid;
 }
 
-// `aligned`: all pointers are multiples of 16 bytes. sums: of the operator. At least one result.
+// `aligned`: all pointers are multiples of 16 bytes. sums: of the operator.
 template <class T>
 MapGrid map_grid(const MapShape& shape, int sums, bool aligned) {
     MapGrid grid{};
@@ -240,34 +241,47 @@ __device__ __forceinline__ double sum_over(int lanes, double value) {
 
 // ---- Kernels
 
+// Where reduce_rows stages value i: with a gap of 16 bytes after every 128, since rows of 16 or 64 values
+// would else begin in the same few banks.
+template <class S>
+__host__ __device__ constexpr int slot(int i) {
+    return i + i / (128 / int(sizeof(S))) * (16 / int(sizeof(S)));
+}
+
 template <template <class> class Op, class T, int V>
 __global__ __launch_bounds__(kThreads) void reduce_rows(Maps<T> maps, MapGrid grid, Results<Sum<T>> results) {
     constexpr int sums = Op<T>::sums, loads = kTileOf<T> / (kThreads * V);
-    __shared__ __align__(16) Sum<T>
-        staged[kTileOf<T> + 32];  // the first sector may begin before the first row
+    // The first sector may begin before the first row.
+    __shared__ __align__(16) Sum<T> staged[slot<Sum<T>>(kTileOf<T> + 32)];
+    __shared__ Sum<T> totals[sums][kRows];
     const int thread = threadIdx.x, positions = grid.shape.positions;
     const int64_t first_row = blockIdx.x * int64_t(grid.rows_per_block);
     const int rows = min(int64_t(grid.rows_per_block), grid.shape.outer - first_row);
     const int64_t lo = first_row * positions, hi = lo + rows * positions, start = lo & ~int64_t(2 * V - 1);
 
-    visit<Op, V, (loads < 4 ? loads : 4)>(
-        maps, lo, hi, start + thread * V, kThreads * V,
-        [&](int64_t i, const Sum<T>(&values)[V], int, int) { stage(staged + (i - start), values); });
+    visit<Op, V, (loads < 4 ? loads : 4)>(maps, lo, hi, start + thread * V, kThreads * V,
+                                          [&](int64_t i, const Sum<T>(&values)[V], int, int) {
+                                              stage(staged + slot<Sum<T>>(i - start), values);
+                                          });
     __syncthreads();
 
     const int lanes = lanes_for(positions), lane = thread % lanes;
     for (int base = 0; base < rows; base += kThreads / lanes) {
         const int row = base + thread / lanes;
-        const Sum<T>* const values = staged + (lo - start) + row * positions;
+        const int first = int(lo - start) + row * positions;
         Sum<T> sum[sums] = {};
         if (row < rows)
-            for (int i = lane; i < positions; i += lanes) Op<T>::add(sum, values[i]);
+            for (int i = lane; i < positions; i += lanes) Op<T>::add(sum, staged[slot<Sum<T>>(first + i)]);
 #pragma unroll
         for (int k = 0; k < sums; ++k) {
             const double total = sum_over(lanes, sum[k]);
-            if (lane == 0 && row < rows) put(results, k, first_row + row, total);
+            if (lane == 0 && row < rows) totals[k][row] = total;
         }
     }
+    __syncthreads();
+    for (int row = thread; row < rows; row += kThreads)  // whole sectors
+#pragma unroll
+        for (int k = 0; k < sums; ++k) put(results, k, first_row + row, totals[k][row]);
 }
 
 template <template <class> class Op, class T, int V>
@@ -330,19 +344,24 @@ __global__ __launch_bounds__(kThreads) void reduce_columns(Maps<T> maps, MapGrid
     }
 }
 
-// The second stage: adds the splits' sums.
+// The second stage: a warp takes 32 results and every eighth split; the block adds up its warps in order.
 template <class S, int sums>
 __global__ __launch_bounds__(kThreads) void fold_splits(MapGrid grid, Results<S> results) {
-    const int lanes = lanes_for(grid.splits), lane = threadIdx.x % lanes;
-    const int64_t i = (blockIdx.x * int64_t(kThreads) + threadIdx.x) / lanes, count = grid.results();
-#pragma unroll
+    __shared__ double staged[kWarps][32];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int64_t i = blockIdx.x * int64_t(32) + lane, count = grid.results();
     for (int k = 0; k < sums; ++k) {
         double total = 0;
         if (i < count)
-            for (int64_t split = lane; split < grid.splits; split += lanes)
+            for (int64_t split = warp; split < grid.splits; split += kWarps)
                 total += results.partial[(k * grid.splits + split) * count + i];
-        total = sum_over(lanes, total);
-        if (lane == 0 && i < count) put(results, k, i, total);
+        staged[warp][lane] = total;
+        __syncthreads();
+        if (warp == 0 && i < count) {
+            for (int w = 1; w < kWarps; ++w) total += staged[w][lane];
+            put(results, k, i, total);
+        }
+        __syncthreads();
     }
 }
 
@@ -350,6 +369,7 @@ __global__ __launch_bounds__(kThreads) void fold_splits(MapGrid grid, Results<S>
 template <template <class> class Op, class T, class Launch>
 void reduce_map(const Maps<T>& maps, const MapGrid& grid, const Results<Sum<T>>& results, Launch launch) {
     constexpr int V = 16 / sizeof(T), sums = Op<T>::sums;
+    if (grid.blocks == 0) return;
     if (grid.small_rows)
         launch("reduce_rows", grid.blocks, grid.width == 1 ? reduce_rows<Op, T, 1> : reduce_rows<Op, T, V>,
                maps, grid, results);
@@ -357,8 +377,7 @@ void reduce_map(const Maps<T>& maps, const MapGrid& grid, const Results<Sum<T>>&
         launch("reduce_columns", grid.blocks,
                grid.width == 1 ? reduce_columns<Op, T, 1> : reduce_columns<Op, T, V>, maps, grid, results);
     if (grid.splits > 1)
-        launch("fold_splits", ceil_div(grid.results() * lanes_for(grid.splits), kThreads),
-               fold_splits<Sum<T>, sums>, grid, results);
+        launch("fold_splits", ceil_div(grid.results(), 32), fold_splits<Sum<T>, sums>, grid, results);
 }
 
 }  // namespace taylored::cuda
