@@ -1,7 +1,7 @@
 """VGG16-BN at half its width, for 32x32 images, and its training on CIFAR-10: the network whose units the criteria are
 compared on. FOLDER has train/CLASS/* and test/CLASS/*.
 
-    python benchmarks/cifar10_vgg.py FOLDER weights.pth [--epochs 10]
+    python benchmarks/cifar10_vgg.py FOLDER weights.pth [--epochs 16]
     taylored rank --data FOLDER --model benchmarks/cifar10_vgg.py:vgg16_bn_half --weights weights.pth --image-size 32 --out DIR
 """
 
@@ -28,9 +28,10 @@ def vgg16_bn_half(num_classes: int = 10) -> nn.Module:
 
 
 def augmented(images):
-    """Each batch moved by its own shift of up to four pixels, each image mirrored or not."""
-    dy, dx = torch.randint(9, (2,)).tolist()
-    images = F.pad(images, (4, 4, 4, 4))[:, :, dy : dy + 32, dx : dx + 32]
+    """Each image moved by its own shift of up to four pixels, mirrored or not."""
+    windows = F.pad(images, (4, 4, 4, 4)).unfold(2, 32, 1).unfold(3, 32, 1)  # [N, 3, 9, 9, 32, 32]
+    dy, dx = torch.randint(9, (2, len(images)))
+    images = windows[torch.arange(len(images)), :, dy, dx]
     return torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images, images.flip(3))
 
 
@@ -47,7 +48,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
     parser.add_argument("weights")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.1)
     options = parser.parse_args()

@@ -60,7 +60,7 @@ def load(name):
     if reason := unsupported():
         pytest.skip(reason)
     source, machine = SIMT / f"{name}.cpp", SIMT / "simt.cpp"
-    headers = [*sorted(SIMT.glob("*.h")), *sorted((ROOT / "csrc/cuda").glob("*.cuh"))]
+    headers = [*sorted(SIMT.glob("*.h")), *sorted((ROOT / "csrc").glob("*.h")), *sorted((ROOT / "csrc/cuda").glob("*.cuh"))]
     include = [f"-I{path}" for path in (SIMT, ROOT / "csrc/cuda", pybind11.get_include(), sysconfig.get_path("include"))]
     flags = FLAGS + os.environ.get("SIMT_FLAGS", "").split()
     # The kernels' objects come first: of an inline function that both have, the linker keeps the instrumented one.

@@ -505,10 +505,9 @@ def test_nothing_to_remove_changes_nothing():
 
 def test_an_optimizer_of_another_model_is_refused():
     model, x = nets.small(), nets.inputs()
-    plan, before = random_plan(trace(model, x), 0.5), nets.snapshot(model)
-    with pytest.raises(PlanError, match="none of the model's parameters"):
+    plan = random_plan(trace(model, x), 0.5)
+    with refused(model, PlanError, "none of the model's parameters"):
         compact(model, plan, optimizer=torch.optim.Adam(nets.small().parameters()))
-    assert nets.unchanged(before, model)
 
 
 def test_the_graph_of_a_part_of_the_model_is_refused():
@@ -521,12 +520,10 @@ def test_the_graph_of_a_part_of_the_model_is_refused():
             return self.more(super().forward(x))
 
     graph, model = trace(nets.small("chain"), nets.inputs()), Longer()
-    before = nets.snapshot(model)
     for use in (
         lambda: compact(model, random_plan(graph, 0.5)),
         lambda: taylored.TaylorScorer(model, graph),
         lambda: masked(model, graph, random_plan(graph, 0.5)).__enter__(),
     ):
-        with pytest.raises(ValueError, match=r"does not fit model.*'more.weight'"):
+        with refused(model, ValueError, r"does not fit model.*'more.weight'"):
             use()
-    assert nets.unchanged(before, model)

@@ -2,16 +2,15 @@
 // |.|).
 #include <torch/csrc/stable/library.h>
 
+#include <functional>
+
+#include "map_operators.h"
 #include "reduce_map.h"
 
 namespace taylored {
 
 static Tensor contribution(Tensor x, Tensor g) {
-    const Tensor x_map = with_map_layout(x, "contribution", "x");
-    const Tensor g_map = in_layout_of(x_map, g, "contribution", "x", "g");
-    Tensor result = empty_result(x_map, result_type(x_map));
-    reduce_map(MapOp::contribution, x_map, g_map.const_data_ptr(), nullptr, &result);
-    return result;
+    return contribution_by(std::bind_front(reduce_map, MapOp::contribution), x, g);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(taylored, CPU, m) { m.impl("contribution", TORCH_BOX(&contribution)); }

@@ -1,16 +1,13 @@
-// Launches contribution; see contribution.cuh. Maps of other strides than the two layouts cost one copy.
+// Launches contribution; see contribution.cuh.
 #include "contribution.cuh"
 
+#include "../map_operators.h"
 #include "maps.h"
 
 namespace taylored::cuda {
 
 static Tensor contribution(Tensor x, Tensor g) {
-    const Tensor x_map = with_map_layout(x, "contribution", "x");
-    const Tensor g_map = in_layout_of(x_map, g, "contribution", "x", "g");
-    const Tensor result = empty_result(x_map, result_type(x_map));
-    reduce_map<Contribution>(x_map, g_map.const_data_ptr(), nullptr, &result);
-    return result;
+    return contribution_by([](const auto&... map) { reduce_map<Contribution>(map...); }, x, g);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(taylored, CUDA, m) { m.impl("contribution", TORCH_BOX(&contribution)); }

@@ -5,7 +5,6 @@ vectors under names that start with "plan:", and a JSON header. Written to a tem
 executes no code, checks everything, and only then touches the model.
 """
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from safetensors.torch import save as serialize
 from torch import nn
 
 from taylored.compact import compact
-from taylored.files import write_atomically
+from taylored.files import digest, write_atomically
 from taylored.plan import PlanError, PrunePlan
 from taylored.trace import named_tensors
 
@@ -74,10 +73,12 @@ def load(path, model: nn.Module):
     return plan
 
 
-def load_all(path, model):
-    """As `load`; returns (plan, extra, extra tensors)."""
+def load_all(path, model, accept=None):
+    """As `load`; returns (plan, extra, extra tensors). accept(extra) may refuse the file, by an exception."""
     model = getattr(model, "_orig_mod", model)
     state, plan, header = read(path)
+    if accept is not None:
+        accept(header["extra"])
     target = model.state_dict()
     weights = {n: t for n, t in state.items() if not n.startswith(("plan:", "extra:"))}
     weights |= {name: weights[first] for name, first in header["aliases"].items()}
@@ -129,11 +130,13 @@ def read(path) -> tuple[dict[str, torch.Tensor], PrunePlan, dict]:
     return state, plan, header
 
 
+def difference(there: dict, here: dict) -> str:
+    """What tells a file's settings from the present ones: all their names, and both values of the first; or nothing."""
+    differ = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k))
+    return (
+        f"({', '.join(differ)}): {differ[0]} is {there.get(differ[0])!r} there and {here.get(differ[0])!r} here" if differ else ""
+    )
+
+
 def _digest(state, header) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps({k: v for k, v in header.items() if k != "digest"}, sort_keys=True).encode())
-    for name in sorted(state):
-        tensor = state[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
-    return digest.hexdigest()
+    return digest(json.dumps({k: v for k, v in header.items() if k != "digest"}, sort_keys=True), state)

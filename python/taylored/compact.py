@@ -11,6 +11,7 @@ import math
 import signal
 import threading
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -194,18 +195,12 @@ class Rehearsal(LabelMode):
     """Runs the model as it will be. Every slot has a label of its own, and a component of the trace: only slots of one
     component may meet. (The components themselves would not do for labels: where one unit is left they are all the same.)"""
 
-    def __init__(self, module_names, graph):
+    def __init__(self, module_names, graph, components):
         super().__init__(module_names)
         self.frozen = graph.frozen
         self.grouped = {name for name, layer in graph.layers.items() if layer.is_grouped}
-        self.components = torch.tensor([FIXED])  # by label; label FIXED is the last one's
+        self.components = components  # by label; label FIXED is the last one's
         self.flops = 0
-
-    def label(self, components: torch.Tensor) -> torch.Tensor:
-        """Labels for slots of those components."""
-        first = len(self.components) - 1
-        self.components = torch.cat([self.components[:-1], components, self.components[-1:]])
-        return torch.arange(first, first + len(components))
 
     def unite(self, a, b):
         a, b = self.components[a.reshape(-1)], self.components[b.reshape(-1)]
@@ -241,8 +236,11 @@ def rehearse(model: nn.Module, plan: PrunePlan) -> None:
             module.__dict__.update(values)
         # A dimension of size 1 carries no labels: where a single channel is left, shapes and FLOPs alone are compared.
         labelled = all(len(c) > 1 for c in after.components.values())
+        ends = itertools.accumulate(len(c) for c in after.components.values())
+        labels_of = {key: torch.arange(end - len(c), end) for (key, c), end in zip(after.components.items(), ends, strict=True)}
+        components = torch.from_numpy(np.concatenate([*after.components.values(), [FIXED]]))
         for traced in graph.passes:
-            mode = Rehearsal({id(m): name for name, m in model.named_modules()}, graph)
+            mode = Rehearsal({id(m): name for name, m in model.named_modules()}, graph, components)
             mode.keep_real = traced.real
             stand_ins = {}
             for name, tensor in named_tensors(model).items():
@@ -250,9 +248,7 @@ def rehearse(model: nn.Module, plan: PrunePlan) -> None:
                     after.shapes[name], dtype=graph.dtypes[name], device=tensor.device if traced.real else "meta"
                 )
                 labels = [
-                    slot_at(mode.label(torch.from_numpy(after.components[name, d])), tensor.ndim, d)
-                    for d in range(tensor.ndim)
-                    if labelled and (name, d) in after.components
+                    slot_at(labels_of[name, d], tensor.ndim, d) for d in range(tensor.ndim) if labelled and (name, d) in labels_of
                 ]
                 mode.set(stand_ins[name], [x for label in labels for x in label])
             try:

@@ -15,12 +15,11 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from taylored import ops
 from taylored.oracle import oracle
 from taylored.score import TaylorScorer
-from taylored.trace import ChannelGraph, Group, as_arguments, in_mode
+from taylored.trace import ChannelGraph, Group, count_examples, in_mode, run_on
 
 Scores = dict[str, torch.Tensor]
 BINS = 8  # of equal frequency, into which mutual information sorts a unit's activations
@@ -36,7 +35,7 @@ def taylor(model: nn.Module, graph: ChannelGraph, batches: Iterable, loss_fn: Ca
     reduction: "abs", the paper's mean of |t|; "batch", |sum over a batch|; "square", mean of t^2 (arXiv:1906.10771)."""
     with _still(model), TaylorScorer(model, graph, reduction=reduction) as scorer:
         for inputs, targets in batches:
-            loss_fn(_run(model, inputs), targets).backward()
+            loss_fn(run_on(model, inputs), targets).backward()
     return scorer.scores()
 
 
@@ -55,7 +54,7 @@ def obd(model: nn.Module, graph: ChannelGraph, batches: Iterable, loss_fn: Calla
     # Squares of contributions are what the scorer adds up; the loss is that of each example, so nothing is averaged.
     with _still(model), TaylorScorer(model, graph, reduction="square", loss_reduction="sum") as scorer:
         for inputs, targets in batches:
-            output = _run(model, inputs)
+            output = run_on(model, inputs)
             if not isinstance(output, torch.Tensor):
                 raise ValueError(f"obd needs a model whose output is one tensor, got {type(output).__name__}")
             roots = _hessian_roots(loss_fn, output.detach(), targets)  # [columns, N, *outputs]
@@ -94,11 +93,6 @@ def _still(model):
     finally:
         for p, was in wanted:
             p.requires_grad_(was)
-
-
-def _run(model, inputs):
-    args, kwargs = as_arguments(inputs)
-    return model(*args, **kwargs)
 
 
 # -- from the activations ----------------------------------------------------------------------------------------------
@@ -185,8 +179,8 @@ def _observe(model, graph, batches, visit) -> None:
         with in_mode(model, training=False):
             for inputs, targets in batches:
                 caught.clear()
-                _run(model, inputs)
-                examples = next(len(t) for t in tree_leaves(inputs) if isinstance(t, torch.Tensor))
+                run_on(model, inputs)
+                examples = count_examples(inputs)
                 for group in graph.groups:
                     statistics, elements = 0, 0
                     for name, slots in group.inputs.items():

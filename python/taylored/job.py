@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from taylored import data, zoo
-from taylored.checkpoint import load, read, save
+from taylored.checkpoint import difference, load, read, save
 from taylored.files import write_atomically
 from taylored.plan import PrunePlan
 from taylored.trace import ChannelGraph, trace
@@ -131,13 +131,8 @@ def _matches(job) -> bool:
     if not path.exists():
         print(f"nothing to resume in {job.out}: starting anew")
         return False
-    there = read(path)[2]["extra"]["settings"]
-    if differ := sorted(k for k in there.keys() | job.settings.keys() if there.get(k) != job.settings.get(k)):
-        k = differ[0]
-        raise OutError(
-            f"--resume: the run in {job.out} has other settings ({', '.join(differ)}): {k} is {there.get(k)!r} there "
-            f"and {job.settings.get(k)!r} here; give the same options, or another --out"
-        )
+    if other := difference(read(path)[2]["extra"]["settings"], job.settings):
+        raise OutError(f"--resume: the run in {job.out} has other settings {other}; give the same options, or another --out")
     return True
 
 

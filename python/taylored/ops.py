@@ -81,23 +81,23 @@ def compact_(x: Tensor, keep: dict[int, Tensor]) -> Tensor:
     Equal to ``x.index_select`` over each dimension. Raises RuntimeError, before anything is moved, where x is not
     dense or an index vector is not sorted or out of range.
     """
-    return compact_many_([x], keep)[0]
+    _ops.compact_.default(x, list(keep), list(keep.values()))
+    return _front(x, keep)
 
 
 def compact_many_(x: list[Tensor], keep: dict[int, Tensor]) -> list[Tensor]:
     """`compact_` for tensors of one device, shape, strides and element size, such as a weight, its gradient and its
     momenta: on the GPU, one launch for up to eight of them."""
-    if len(x) == 1:
-        _ops.compact_.default(x[0], list(keep), list(keep.values()))
-    else:
-        _ops.compact_many_.default(x, list(keep), list(keep.values()))
-    views = []
-    for tensor in x:
-        shape = list(tensor.shape)
-        for dim, index in keep.items():
-            shape[dim] = index.shape[0]
-        views.append(tensor.as_strided(shape, packed_strides(shape, tensor)))
-    return views
+    _ops.compact_many_.default(x, list(keep), list(keep.values()))
+    return [_front(tensor, keep) for tensor in x]
+
+
+def _front(x: Tensor, keep: dict[int, Tensor]) -> Tensor:
+    """The part of x's memory that holds what was kept, in the shape that it has."""
+    shape = list(x.shape)
+    for dim, index in keep.items():
+        shape[dim] = index.shape[0]
+    return x.as_strided(shape, packed_strides(shape, x))
 
 
 def is_dense(x: Tensor) -> bool:

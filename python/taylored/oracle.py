@@ -7,7 +7,6 @@ and examples on which the unit is zero anyway are left out. The result is exact:
 """
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import math
@@ -27,8 +26,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only, tree_unflatten
 from tqdm import tqdm
 
 from taylored import ops
-from taylored.files import write_atomically
-from taylored.trace import ChannelGraph, Group, as_arguments, in_mode, twice, zeroed
+from taylored.files import digest, write_atomically
+from taylored.trace import ChannelGraph, Group, as_arguments, count_examples, in_mode, run_on, twice, zeroed
 
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
@@ -178,7 +177,7 @@ class Replay:
     """A model exported with a dynamic batch, its batch norms folded into the convolutions before them."""
 
     def __init__(self, model, graph: ChannelGraph, example_inputs, dtype: torch.dtype):
-        self.model, self.graph, self.dtype = model, graph, dtype
+        self.graph, self.dtype = graph, dtype
         program = _export(model, example_inputs)
         self.output_spec = program.call_spec.out_spec
         signature = program.graph_signature
@@ -324,7 +323,7 @@ class Replay:
         args, kwargs = as_arguments(inputs)
         leaves = tree_leaves((args, kwargs))
         values = dict(self.constants)
-        size = next(len(t) for t in leaves if isinstance(t, torch.Tensor))
+        size = count_examples(leaves)
         values |= {n: self._cast(t) if isinstance(t, torch.Tensor) else t for n, t in zip(self.inputs, leaves, strict=True)}
         waiting = list(tails)
         dies: dict[int, list[Node]] = {}
@@ -522,9 +521,8 @@ def _measure_whole(model, graph, batches, loss_fn, mine, dtype, journal, show) -
     total = sum(map(len, mine.values()))
 
     def losses(inputs, targets):
-        args, kwargs = as_arguments(inputs)
         with torch.autocast(next(model.parameters()).device.type, dtype, enabled=dtype != torch.float32):
-            return _losses(loss_fn, model(*args, **kwargs), targets)
+            return _losses(loss_fn, run_on(model, inputs), targets)
 
     with _progress(batches, total, show) as bar:
         for inputs, targets, number, size in _pieces(batches, math.inf):
@@ -543,7 +541,7 @@ def _pieces(batches, most):
     """(inputs, targets, number, examples): the batches, those of more than `most` examples in parts."""
     number = 0
     for inputs, targets in batches:
-        size = next(len(t) for t in tree_leaves(inputs) if isinstance(t, torch.Tensor) and t.ndim)
+        size = count_examples(inputs)
         parts = math.ceil(size / most) if math.isfinite(most) else 1
         for rows in torch.arange(size).chunk(parts):
             cut = (lambda value: value) if parts == 1 else (lambda value, rows=rows: _rows(value, rows))
@@ -565,8 +563,7 @@ def _losses(loss_fn, output, targets) -> torch.Tensor:
     try:
         losses = torch.func.vmap(one)(output, targets)
     except (RuntimeError, ValueError):  # not every loss can be mapped: data-dependent code, targets that are no tensors
-        size = next(len(t) for t in tree_leaves(output) if isinstance(t, torch.Tensor))
-        each = (torch.tensor([i]) for i in range(size))
+        each = (torch.tensor([i]) for i in range(count_examples(output)))
         losses = torch.stack([loss_fn(_rows(output, i), _rows(targets, i)) for i in each])
     if losses.ndim != 1:
         raise ValueError(f"loss_fn must return a scalar, got shape {tuple(losses.shape[1:])} for one example")
@@ -627,12 +624,8 @@ class _Journal:
 
 
 def _fingerprint(model, chosen, precision, budget) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in (*model.state_dict().items(), *chosen.items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
-    digest.update(f"{precision} {budget} {_rank_and_world()[1]}".encode())
-    return digest.hexdigest()
+    units = {f"units of {name}": indices for name, indices in chosen.items()}
+    return digest(f"{precision} {budget} {_rank_and_world()[1]}", {**model.state_dict(), **units})
 
 
 def _agreement(model, graph, batch, loss_fn, chosen, budget, count=64) -> str:

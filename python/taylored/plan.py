@@ -329,12 +329,15 @@ def _flops_per_unit(graph, price, full) -> np.ndarray:
     return saved / max(saved.max(initial=0.0), 1.0)
 
 
+def named_entries(graph, ignore) -> list[tuple[str | nn.Module, str | None]]:
+    """What `ignore` lists, each with its name; None for a module that is not the graph's."""
+    entries = (ignore,) if isinstance(ignore, (str, nn.Module)) else ignore
+    return [(entry, graph.modules.get(entry) if isinstance(entry, nn.Module) else entry) for entry in entries]
+
+
 def _ignored(graph, ignore) -> set[str]:
-    if isinstance(ignore, (str, nn.Module)):
-        ignore = (ignore,)
     ignored = set()
-    for entry in ignore:
-        name = graph.modules.get(entry) if isinstance(entry, nn.Module) else entry
+    for entry, name in named_entries(graph, ignore):
         hit = {
             g.name
             for g in graph.groups

@@ -17,11 +17,11 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from taylored.checkpoint import CheckpointError, load_all, read, save
+from taylored.checkpoint import CheckpointError, difference, load_all, save
 from taylored.compact import compact, rehearse
-from taylored.plan import PrunePlan, make_plan
+from taylored.plan import PrunePlan, make_plan, named_entries
 from taylored.score import TaylorScorer
-from taylored.trace import ChannelGraph, as_arguments, in_mode, trace
+from taylored.trace import ChannelGraph, in_mode, run_on, trace
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,7 +108,7 @@ def prune(
     TaylorScorer(model, graph, reduction=reduction)
 
     settings = {**budget.given, **options, "rounds": rounds, "round_epochs": round_epochs, "reduction": reduction}
-    settings |= {"ignore": sorted(graph.modules.get(m, m) if isinstance(m, nn.Module) else m for m in _listed(ignore))}
+    settings |= {"ignore": sorted(name for _, name in named_entries(graph, ignore))}
     settings = json.loads(json.dumps(settings | {"freeze_statistics": freeze_statistics}))  # as it comes back from the file
     plan, history, done = PrunePlan.of(graph, {}), [], 0
     current = graph
@@ -194,8 +194,7 @@ def _train(model, batches, updates, loss_fn, optimizer, scheduler, device, title
                 raise ValueError(f"train_loader must yield (inputs, targets), got {type(batch).__name__}")
             inputs, targets = batch
             inputs, targets = _to(inputs, device), _to(targets, device)
-            args, kwargs = as_arguments(inputs)
-            loss = loss_fn(model(*args, **kwargs), targets)
+            loss = loss_fn(run_on(model, inputs), targets)
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise FloatingPointError(f"{title}: the loss is {value} at update {number + 1}; the round is abandoned")
@@ -247,10 +246,6 @@ def _cycle(loader):
             raise ValueError("train_loader yields nothing: there is nothing to score on")
 
 
-def _listed(ignore):
-    return (ignore,) if isinstance(ignore, (str, nn.Module)) else ignore
-
-
 def _save(path, model, plan, history, optimizer, scheduler, settings):
     state = optimizer.state_dict()
     tensors = {"rng": torch.get_rng_state()}
@@ -263,8 +258,8 @@ def _save(path, model, plan, history, optimizer, scheduler, settings):
                 plain.setdefault(str(index), {})[key] = value
     groups = [{k: v for k, v in group.items() if _is_json(v)} for group in state["param_groups"]]
     schedule = {k: v for k, v in scheduler.state_dict().items() if _is_json(v)} if scheduler is not None else None
-    extra = {"history": history, "optimizer": {"state": plain, "param_groups": groups}, "scheduler": schedule}
-    extra["settings"] = settings
+    extra = {"history": history, "settings": settings, "scheduler": schedule}
+    extra["optimizer"] = {"state": plain, "param_groups": groups}
     save(path, model, plan, extra=extra, tensors=tensors)
 
 
@@ -277,17 +272,13 @@ def _is_json(value) -> bool:
 
 
 def _resume(path, model, optimizer, scheduler, settings):
-    extra = read(path)[2]["extra"]
-    if "history" not in extra:
-        raise CheckpointError(f"{path} is a finished model, not a checkpoint of prune: there is nothing to resume")
-    there = extra["settings"]
-    if differ := sorted(k for k in there.keys() | settings.keys() if there.get(k) != settings.get(k)):
-        k = differ[0]
-        raise CheckpointError(
-            f"{path} is of a run with other settings ({', '.join(differ)}): {k} is {there.get(k)!r} there and "
-            f"{settings.get(k)!r} here"
-        )
-    plan, extra, tensors = load_all(path, model)
+    def accept(extra):
+        if "history" not in extra:
+            raise CheckpointError(f"{path} is a finished model, not a checkpoint of prune: there is nothing to resume")
+        if other := difference(extra["settings"], settings):
+            raise CheckpointError(f"{path} is of a run with other settings {other}")
+
+    plan, extra, tensors = load_all(path, model, accept)
     state: dict[int, dict] = {int(i): dict(entry) for i, entry in extra["optimizer"]["state"].items()}
     for name, tensor in tensors.items():
         if name.startswith("optimizer/"):

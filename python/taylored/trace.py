@@ -829,6 +829,17 @@ def as_arguments(example_inputs) -> tuple[tuple, dict]:
     raise TypeError(f"example_inputs must be a tensor, a tuple or a dict, got {type(example_inputs).__name__}")
 
 
+def run_on(model: nn.Module, inputs):
+    """The model's output for inputs in any of the forms that `as_arguments` takes."""
+    args, kwargs = as_arguments(inputs)
+    return model(*args, **kwargs)
+
+
+def count_examples(batch) -> int:
+    """The size of the first dimension of a batch, however nested: that of its first tensor that has one."""
+    return next(len(t) for t in tree_leaves(batch) if isinstance(t, torch.Tensor) and t.ndim)
+
+
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter and buffer by name, shared ones once."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
