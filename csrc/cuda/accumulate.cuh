@@ -20,8 +20,8 @@ constexpr int64_t accumulate_blocks(int64_t units) { return ceil_div(units, 32);
 
 template <class Total>
 __global__ __launch_bounds__(32 * kPhases) void accumulate(Total* total, int64_t examples, int64_t units,
-                                                           Consumers consumers, Reduction reduction,
-                                                           double scale) {
+                                                           const __grid_constant__ Consumers consumers,
+                                                           Reduction reduction, double scale) {
     __shared__ double staged[kPhases][32];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t unit = blockIdx.x * int64_t(32) + lane;

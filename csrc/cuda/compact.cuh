@@ -98,8 +98,9 @@ __device__ __forceinline__ void store_word(Word* p, Word word) {
 
 // One block per tile of each tensor. control: the ticket, then a flag per block; zeros.
 template <class Word>
-__global__ __launch_bounds__(kCompactThreads) void compact(Compaction cut, CompactTensors tensors,
-                                                           unsigned* control) {
+__global__ __launch_bounds__(kCompactThreads, 4) void compact(const __grid_constant__ Compaction cut,
+                                                              const __grid_constant__ CompactTensors tensors,
+                                                              unsigned* control) {
     __shared__ unsigned drawn;
     __shared__ __align__(16) Word staged[kTileWords<Word>];
     if (threadIdx.x == 0) drawn = atomicAdd(control, 1u);

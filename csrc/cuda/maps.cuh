@@ -108,6 +108,7 @@ inline MapGrid column_grid(MapGrid grid, int sums) {
     int64_t splits = std::clamp<int64_t>(kBlocks / std::max<int64_t>(outer * grid.groups, 1), 1,
                                          std::max<int64_t>(positions / least, 1));
     splits = std::max<int64_t>({splits, ceil_div(positions, kStretch * grid.parallel), 1});
+    splits = std::max(splits, ceil_div(positions * channels, 1 << 30));  // a block counts in 32 bits
     grid.split_positions =
         std::max<int64_t>(round_up(ceil_div(positions, splits), grid.parallel), grid.parallel);
     grid.splits = std::max<int64_t>(ceil_div(positions, grid.split_positions), 1);
@@ -161,32 +162,44 @@ __device__ __forceinline__ float widen(float v) { return v; }
 __device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
 __device__ __forceinline__ float widen(__half v) { return __half2float(v); }
 
+// The maps from element `first` on.
+template <template <class> class Op, class T>
+__device__ __forceinline__ Maps<T> from(const Maps<T>& maps, int64_t first) {
+    return {maps.x + first, Op<T>::inputs == 2 ? maps.g + first : nullptr,
+            Op<T>::writes ? maps.out + first : nullptr};
+}
+
 // Calls use(i, values, first, last) for the elements i + first .. i + last - 1 of [lo, hi) among those this
 // thread sees: V of them at start, at start + step, and so on. Loads of U steps are in flight at a time.
 template <template <class> class Op, int V, int U, class T, class Use>
-__device__ __forceinline__ void visit(const Maps<T>& maps, int64_t lo, int64_t hi, int64_t start,
-                                      int64_t step, Use use) {
-    for (int64_t base = start; base < hi; base += U * step) {
+__device__ __forceinline__ void visit(const Maps<T>& maps, int lo, int hi, int start, int step, Use use) {
+    for (int base = start; base < hi; base += U * step) {
         Pack<T, V> x[U], g[U];
 #pragma unroll
         for (int u = 0; u < U; ++u) {
-            const int64_t i = base + u * step;
+            const int i = base + u * step;
             if (i < lo || i + V > hi) continue;
             x[u] = load<V>(maps.x + i);
             if constexpr (Op<T>::inputs == 2) g[u] = load<V>(maps.g + i);
         }
 #pragma unroll
         for (int u = 0; u < U; ++u) {
-            const int64_t i = base + u * step;
-            Sum<T> values[V] = {};
-            if (i >= lo && i + V <= hi) {
-                Pack<T, V> out;
+            const int i = base + u * step;
+            if (i < lo || i + V > hi) continue;
+            Sum<T> values[V];
+            Pack<T, V> out;
 #pragma unroll
-                for (int e = 0; e < V; ++e) values[e] = Op<T>::value(x[u].at[e], g[u].at[e], out.at[e]);
-                if constexpr (Op<T>::writes) store(maps.out + i, out);
-                use(i, values, 0, V);
-            } else if (V > 1 && i + V > lo && i < hi) {  // an end of the stretch
-                const int first = i < lo ? lo - i : 0, last = i + V > hi ? hi - i : V;
+            for (int e = 0; e < V; ++e) values[e] = Op<T>::value(x[u].at[e], g[u].at[e], out.at[e]);
+            if constexpr (Op<T>::writes) store(maps.out + i, out);
+            use(i, values, 0, V);
+        }
+        if constexpr (V > 1) {  // the ends of the stretch
+            if (base >= lo && base + (U - 1) * step + V <= hi) continue;
+#pragma unroll 1
+            for (int i = base; i < base + U * step; i += step) {
+                const int first = max(lo - i, 0), last = min(hi - i, V);
+                if (first >= last || last - first == V) continue;
+                Sum<T> values[V] = {};
 #pragma unroll
                 for (int e = 0; e < V; ++e) {
                     if (e < first || e >= last) continue;
@@ -249,29 +262,29 @@ __host__ __device__ constexpr int slot(int i) {
 }
 
 template <template <class> class Op, class T, int V>
-__global__ __launch_bounds__(kThreads) void reduce_rows(Maps<T> maps, MapGrid grid, Results<Sum<T>> results) {
+__global__ __launch_bounds__(kThreads, 3) void reduce_rows(Maps<T> maps, MapGrid grid,
+                                                           Results<Sum<T>> results) {
     constexpr int sums = Op<T>::sums, loads = kTileOf<T> / (kThreads * V);
     // The first sector may begin before the first row.
     __shared__ __align__(16) Sum<T> staged[slot<Sum<T>>(kTileOf<T> + 32)];
     __shared__ Sum<T> totals[sums][kRows];
     const int thread = threadIdx.x, positions = grid.shape.positions;
-    const int64_t first_row = blockIdx.x * int64_t(grid.rows_per_block);
+    const int64_t first_row = blockIdx.x * int64_t(grid.rows_per_block), first = first_row * positions;
     const int rows = min(int64_t(grid.rows_per_block), grid.shape.outer - first_row);
-    const int64_t lo = first_row * positions, hi = lo + rows * positions, start = lo & ~int64_t(2 * V - 1);
+    const int lo = first & (2 * V - 1), hi = lo + rows * positions;  // from a sector's begin on
 
-    visit<Op, V, (loads < 4 ? loads : 4)>(maps, lo, hi, start + thread * V, kThreads * V,
-                                          [&](int64_t i, const Sum<T>(&values)[V], int, int) {
-                                              stage(staged + slot<Sum<T>>(i - start), values);
-                                          });
+    visit<Op, V, (loads < 4 ? loads : 4)>(
+        from<Op>(maps, first - lo), lo, hi, thread * V, kThreads * V,
+        [&](int i, const Sum<T>(&values)[V], int, int) { stage(staged + slot<Sum<T>>(i), values); });
     __syncthreads();
 
     const int lanes = lanes_for(positions), lane = thread % lanes;
     for (int base = 0; base < rows; base += kThreads / lanes) {
         const int row = base + thread / lanes;
-        const int first = int(lo - start) + row * positions;
         Sum<T> sum[sums] = {};
         if (row < rows)
-            for (int i = lane; i < positions; i += lanes) Op<T>::add(sum, staged[slot<Sum<T>>(first + i)]);
+            for (int i = lane; i < positions; i += lanes)
+                Op<T>::add(sum, staged[slot<Sum<T>>(lo + row * positions + i)]);
 #pragma unroll
         for (int k = 0; k < sums; ++k) {
             const double total = sum_over(lanes, sum[k]);
@@ -285,8 +298,8 @@ __global__ __launch_bounds__(kThreads) void reduce_rows(Maps<T> maps, MapGrid gr
 }
 
 template <template <class> class Op, class T, int V>
-__global__ __launch_bounds__(kThreads) void reduce_columns(Maps<T> maps, MapGrid grid,
-                                                           Results<Sum<T>> results) {
+__global__ __launch_bounds__(kThreads, 2) void reduce_columns(Maps<T> maps, MapGrid grid,
+                                                              Results<Sum<T>> results) {
     constexpr int sums = Op<T>::sums;
     __shared__ __align__(16) Sum<T> staged[sums][kThreads * V];
     const int thread = threadIdx.x, period = grid.period;
@@ -294,21 +307,21 @@ __global__ __launch_bounds__(kThreads) void reduce_columns(Maps<T> maps, MapGrid
     const int64_t group = blockIdx.x % grid.groups, split = blockIdx.x / grid.groups % grid.splits,
                   outer = blockIdx.x / grid.groups / grid.splits;
     const int64_t begin = split * grid.split_positions, end = min(begin + grid.split_positions, positions);
-    const int64_t lo = (outer * positions + begin) * channels, hi = (outer * positions + end) * channels;
-    const int64_t start = lo & ~int64_t(grid.align - 1);
+    const int64_t first = (outer * positions + begin) * channels;
+    const int lo = first & (grid.align - 1), hi = lo + (end - begin) * channels;  // from a sector's begin on
 
     // This thread's column of the `parallel` positions that the block takes at a time.
     const int column = thread * V;
     const int64_t channel = group * period + column % period;
     const bool active = column < grid.parallel * period && channel < channels;
     Sum<T> sum[V][sums] = {};
-    visit<Op, V, (V == 1 ? 8 : 4)>(maps, lo, hi, active ? start + column / period * channels + channel : hi,
-                                   grid.parallel * channels,
-                                   [&](int64_t, const Sum<T>(&values)[V], int first, int last) {
+    visit<Op, V, (V == 1 ? 8 : 4)>(
+        from<Op>(maps, first - lo), lo, hi, active ? column / period * channels + channel : hi,
+        grid.parallel * channels, [&](int, const Sum<T>(&values)[V], int from, int to) {
 #pragma unroll
-                                       for (int e = 0; e < V; ++e)
-                                           if (e >= first && e < last) Op<T>::add(sum[e], values[e]);
-                                   });
+            for (int e = 0; e < V; ++e)
+                if (e >= from && e < to) Op<T>::add(sum[e], values[e]);
+        });
 
     const bool one = channels == 1;  // all columns are one channel: the thread's own are folded first
 #pragma unroll
@@ -327,12 +340,12 @@ __global__ __launch_bounds__(kThreads) void reduce_columns(Maps<T> maps, MapGrid
     const int width = min(int64_t(period), channels - group * period);
     for (int base = 0; base < width; base += kThreads / lanes) {
         const int c = base + thread / lanes;
-        const int first = (c + int(lo - start)) % period;
+        const int start = (c + lo) % period;
 #pragma unroll
         for (int k = 0; k < sums; ++k) {
             double total = 0;
             if (c < width)
-                for (int i = lane; i < count; i += lanes) total += staged[k][first + i * period];
+                for (int i = lane; i < count; i += lanes) total += staged[k][start + i * period];
             total = sum_over(lanes, total);
             if (lane != 0 || c >= width) continue;
             const int64_t result = outer * channels + group * period + c;

@@ -20,6 +20,7 @@ __device__ __forceinline__ void store_release(unsigned* p, unsigned value) {
 }
 #else
 #include "simt.h"
+#define __grid_constant__  // read where the launch put it, not from a copy per thread
 #endif
 
 namespace taylored::cuda {
