@@ -65,8 +65,9 @@ def compact(model: nn.Module, plan: PrunePlan, optimizer=None, also=(), *, relea
     if plan.graph is not None:
         rehearse(model, plan)
     with _uninterrupted(), torch.no_grad():
-        for tensor, dims in jobs:
-            _replace(tensor, ops.compact_(tensor.data, dims))
+        for tensors, dims in _alike(jobs):
+            for tensor, data in zip(tensors, ops.compact_many_([t.data for t in tensors], dims), strict=True):
+                _replace(tensor, data)
         for tensor, segments in flat:
             _compact_flat(tensor, segments)
         for opt in optimizers:
@@ -78,6 +79,16 @@ def compact(model: nn.Module, plan: PrunePlan, optimizer=None, also=(), *, relea
         if release:
             for tensor, _ in jobs:
                 tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
+
+
+def _alike(jobs):
+    """(tensors, dims): jobs that differ in nothing but values, such as a weight, its gradient and its momenta, are one."""
+    together: dict[tuple, list] = {}
+    for tensor, dims in jobs:
+        cut = tuple((d, id(indices)) for d, indices in dims.items())
+        key = (tensor.device, tensor.shape, tensor.stride(), tensor.element_size(), cut)
+        together.setdefault(key, []).append((tensor, dims))
+    return [([tensor for tensor, _ in same], same[0][1]) for same in together.values()]
 
 
 def _replace(tensor, data):
