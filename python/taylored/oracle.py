@@ -48,6 +48,9 @@ IN_PLACE = {
     aten.hardswish.default: aten.hardswish_.default,
     aten.add.Tensor: aten.add_.Tensor,
 }
+# A 3x3 convolution of float32 that may skip the zeros of its input: worth it on a processor with AVX-512 from so many
+# output channels, below such a share of its input that is not zero (python benchmarks/sparse_conv.py).
+SPARSE_OUTPUTS, SPARSE_DENSITY = 128, 0.7
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SAVE_EVERY = 5.0  # seconds
 
@@ -194,11 +197,31 @@ class Replay:
         self.nodes = [n for n in program.graph.nodes if n.op not in ("placeholder", "output") and n.users]
         self.position = {n: i for i, n in enumerate(self.nodes)}
         self.batch = _batch_symbol(self.inputs, self.nodes)
+        self.packed = {n: self._layer(n)[0].permute(2, 1, 3, 0).contiguous() for n in self.nodes if self._may_skip(n)}
+        self.sparse: set[Node] = set()  # those of them that skip zeros on the present batch
         self.tails = {g.name: self._tail(g) for g in graph.groups}
 
     def _cast(self, tensor):
         tensor = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
         return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+
+    def _layer(self, node) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The weight and bias that a convolution runs with."""
+        return self.folded[node] if node in self.folded else tuple(map(self.constants.get, node.args[1:3]))
+
+    def _may_skip(self, node) -> bool:
+        """Whether `ops.sparse_conv` can compute a node, and faster where there are zeros enough."""
+        if node.target is not aten.conv2d.default or node.args[1] not in self.constants:
+            return False
+        weight, plain = self._layer(node)[0], ([1, 1], [1, 1], [1, 1], 1)  # stride, padding, dilation, groups
+        return (
+            torch.backends.cpu.get_cpu_capability() == "AVX512"
+            and (weight.device.type, weight.dtype) == ("cpu", torch.float32)
+            and weight.shape[2:] == (3, 3)
+            and len(weight) >= SPARSE_OUTPUTS
+            and len(node.args) > 4
+            and all(a == b for a, b in zip(node.args[3:], plain))
+        )
 
     # .. what is where
 
@@ -286,6 +309,8 @@ class Replay:
 
         if isinstance(node.meta.get("val"), torch.SymInt):
             return self._symbol(node.meta["val"], size)
+        if node in self.sparse:
+            return ops.sparse_conv(value(node.args[0]), self.packed[node], self._layer(node)[1])
         args, kwargs = (torch.fx.node.map_arg(a, argument) for a in (node.args, node.kwargs))
         if node in self.folded:
             args = (args[0], *self.folded[node], *args[3:])
@@ -331,6 +356,10 @@ class Replay:
             if n not in self.constants:
                 dies.setdefault(i, []).append(n)
         for i, node in enumerate(self.nodes):
+            if node in self.packed:
+                x = values[node.args[0]]
+                dense = x.numel() - int(ops.channel_statistics(x)[2].sum()) > SPARSE_DENSITY * x.numel()
+                (self.sparse.discard if dense else self.sparse.add)(node)
             values[node] = self._run(node, values.__getitem__, size)
             while waiting and waiting[0].ready <= i:
                 visit(waiting.pop(0), values)
@@ -381,7 +410,7 @@ class Replay:
     def _corrected(self, node, values, rows, segments, slots):
         """The consumer's old output, less what the unit gave to it."""
         x, old = values[node.args[0]], values[node]
-        weight = self.folded[node][0] if node in self.folded else self.constants[node.args[1]]
+        weight = self._layer(node)[0]
         axis = 1 if node.target in CONVOLUTIONS else x.ndim - 1
         new = torch.empty_like(old[:1]).expand(len(rows), *old.shape[1:])
         new = torch.empty_like(new, memory_format=torch.channels_last if old.ndim == 4 else torch.contiguous_format)
