@@ -83,9 +83,8 @@ def main():
         units, forward, replay, bound = compare(name, options.share, options.batch, "float32")
         *_, half, _ = compare(name, options.share, options.batch, "bfloat16")
         table.row(name, {"replay": replay, "replay, bfloat16": half, "brute force": forward})
-        print(
-            f"{'':{table.width}}{units} units; FLOPs allow {bound:.2f}x: {forward / replay / bound:.0%} of it reached", flush=True
-        )
+        reached = f"FLOPs allow {bound:.2f}x: {forward / replay:.2f}x is {forward / replay / bound:.0%} of that"
+        print(f"{'':{table.width}}a fixed sample of {units} units, from every group; {reached}", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ STABLE_TORCH_LIBRARY(taylored, m) {
     // [N, C] each: sum, sum of squares, number of zeros over positions.
     m.def("channel_statistics(Tensor x) -> (Tensor, Tensor, Tensor)");
 
+    // 3x3 convolution, stride 1, padding 1, that skips x's zeros; weight [3, C, 3, outputs].
+    m.def("sparse_conv(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+
     // total[u] += what `reduction` (0 abs, 1 batch, 2 square) makes of scale * sum_k t[k][n, u] over examples
     // n.
     m.def("accumulate_(Tensor(a!) total, Tensor[] t, int reduction, float scale) -> ()");

@@ -1,5 +1,7 @@
 """One plain torch reference in float64 per operator."""
 
+from torch.nn.functional import conv2d
+
 
 def contribution(x, g):
     return (x.double() * g.double()).flatten(2).sum(2) if x.ndim > 2 else x.double() * g.double()
@@ -8,6 +10,10 @@ def contribution(x, g):
 def channel_statistics(x):
     x = x.double().unsqueeze(-1).flatten(2)
     return x.sum(2), x.square().sum(2), (x == 0).sum(2)
+
+
+def sparse_conv(x, weight, bias=None):
+    return conv2d(x.double(), weight.double(), None if bias is None else bias.double(), padding=1)
 
 
 def compact(x, keep):

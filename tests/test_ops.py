@@ -124,6 +124,33 @@ def test_bad_indices_are_refused_and_nothing_moves(keep):
 
 
 @some
+@given(st.tuples(st.integers(0, 3), st.integers(1, 37), st.integers(1, 9), st.integers(1, 9)), st.integers(1, 150),
+       st.sampled_from(["contiguous", "channels_last", "gaps"]), st.booleans(), st.integers(0, 99))  # fmt: skip
+def test_a_convolution_that_skips_zeros_equals_a_dense_one(shape, outputs, layout, biased, seed):
+    x, generator = laid_out(shape, layout, torch.float32, seed).relu(), torch.Generator().manual_seed(seed)
+    weight = torch.randn(outputs, shape[1], 3, 3, generator=generator)
+    bias = torch.randn(outputs, generator=generator) if biased else None
+    found = ops.sparse_conv(x, weight.permute(2, 1, 3, 0), bias)
+    expected = reference.sparse_conv(x, weight, bias)
+    assert found.shape == expected.shape and found.dtype == torch.float32
+    near(found, expected, reference.sparse_conv(x.abs(), weight.abs(), bias.abs() if biased else None))
+
+
+def test_a_convolution_that_skips_zeros_does_not_depend_on_threads_and_lets_nan_through():
+    x, weight = torch.randn(3, 20, 33, 31).relu(), torch.randn(3, 20, 3, 140)
+    x[1, 7, 5, 6] = math.nan
+    once, threads = ops.sparse_conv(x, weight), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        torch.testing.assert_close(ops.sparse_conv(x, weight), once, rtol=0, atol=0, equal_nan=True)
+    finally:
+        torch.set_num_threads(threads)
+    there = torch.zeros(3, 33, 31, dtype=torch.bool)
+    there[1, 4:7, 5:8] = True
+    assert torch.equal(once.isnan(), there[:, None].expand(-1, 140, -1, -1))
+
+
+@some
 @given(st.integers(0, 9), st.integers(0, 40), st.integers(1, 3), st.sampled_from(["abs", "batch", "square"]), st.booleans())
 def test_accumulate_equals_its_formula(examples, units, consumers, reduction, wide):
     t = [torch.randn(examples, units, dtype=torch.float64 if wide else torch.float32) for _ in range(consumers)]
@@ -140,6 +167,9 @@ def test_shapes_and_dtypes_that_do_not_fit_are_refused():
             ops.contribution(x, other)
     with pytest.raises(RuntimeError):
         ops.contribution(torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.int64))
+    for bad in [{"x": x}, {"weight": torch.ones(3, 4, 3, 2)}, {"bias": torch.ones(5)}, {"x": torch.ones(1, 3, 4, 4).double()}]:
+        with pytest.raises(RuntimeError, match="sparse_conv"):
+            ops.sparse_conv(**{"x": torch.ones(1, 3, 4, 4), "weight": torch.ones(3, 3, 3, 2)} | bad)
     with pytest.raises(ValueError, match="reduction"):
         ops.accumulate_(torch.zeros(3), [torch.zeros(1, 3)], "median", 1.0)
 
@@ -156,4 +186,6 @@ def test_opcheck(dtype):
         torch.library.opcheck(library.compact_.default, (a.clone(), *cut))
         torch.library.opcheck(library.compact_many_.default, ([a.clone(), a.clone()], *cut))
     torch.library.opcheck(library.accumulate_.default, (torch.zeros(5), [torch.randn(2, 5)], 0, 1.0))
+    for bias in (None, torch.ones(6)):
+        torch.library.opcheck(library.sparse_conv.default, (torch.randn(2, 5, 4, 3), torch.randn(3, 5, 3, 6), bias))
     torch.library.opcheck(library.record.default, (torch.zeros(()), x, x, -1))

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import taylored
-from taylored import oracle, trace
+from taylored import ops, oracle, trace
 from taylored.oracle import Replay, parse_memory
 from taylored.trace import zeroed
 
@@ -140,6 +140,24 @@ def test_units_that_are_zero_anyway_are_not_run(monkeypatch):
     assert found["0"][2] == 0 and (found["0"] != 0).sum() == 5
     assert all(2 not in units for name, units, _ in pairs if name == "0")
     assert sum(count for name, _, count in pairs if name == "0") <= 5 * len(x)
+
+
+def test_convolutions_skip_zeros_where_there_are_enough(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    torch.manual_seed(0)
+    x, y = task()
+    channels, activations = [3, 5, 130, 128, 131], [nn.ReLU(), nn.ReLU(), nn.SiLU(), nn.ReLU()]
+    layers = [nn.Conv2d(a, b, 3, padding=1) for a, b in zip(channels, channels[1:], strict=False)]
+    body = [module for pair in zip(layers, activations, strict=True) for module in pair]
+    model = nn.Sequential(*body, nn.Conv2d(131, 128, 3, padding=1, stride=2), nn.Flatten(), nn.Linear(128 * 16, 5)).eval()
+    graph, weights = trace(model, x[:1]), []
+    skipping = ops.sparse_conv
+    monkeypatch.setattr(ops, "sparse_conv", lambda *a: weights.append(tuple(a[1].shape)) or skipping(*a))
+    units = {g.name: range(0, g.units, 9) for g in graph.groups}
+    found = without_warnings(model, graph, [(x, y)], cross_entropy, mode="loss", units=units)
+    agree(found, *brute_force(model, graph, [(x, y)], units))
+    # The first has few outputs, the fourth's input is seldom zero, the last has a stride.
+    assert set(weights) == {(3, 5, 3, 130), (3, 130, 3, 128)} and len(weights) > 4
 
 
 def test_a_loss_that_cannot_be_mapped_and_structured_outputs():

@@ -48,6 +48,9 @@ IN_PLACE = {
     aten.hardswish.default: aten.hardswish_.default,
     aten.add.Tensor: aten.add_.Tensor,
 }
+# A 3x3 convolution of float32 that may skip the zeros of its input: worth it on a processor with AVX-512 from so many
+# output channels, below such a share of its input that is not zero (python benchmarks/sparse_conv.py).
+SPARSE_OUTPUTS, SPARSE_DENSITY = 128, 0.7
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SAVE_EVERY = 5.0  # seconds
 
@@ -161,7 +164,7 @@ def _rank_and_world() -> tuple[int, int]:
 class Tail:
     """What runs again for one group's units. entries: its consumers' calls (node -> consumer's name); nodes: they and all
     that follows, in order; clean: values from outside that they read; ready: position of the node after which all of
-    those are there; bytes: at the peak, per pair; flops: per pair."""
+    those are there; bytes: at the peak, per pair; fixed: bytes beside them; flops: per pair."""
 
     group: Group
     entries: dict[Node, str]
@@ -170,6 +173,7 @@ class Tail:
     ready: int
     dies: dict[Node, list[Node]]
     bytes: int
+    fixed: int
     flops: int
 
 
@@ -194,11 +198,31 @@ class Replay:
         self.nodes = [n for n in program.graph.nodes if n.op not in ("placeholder", "output") and n.users]
         self.position = {n: i for i, n in enumerate(self.nodes)}
         self.batch = _batch_symbol(self.inputs, self.nodes)
+        self.packed = {n: self._layer(n)[0].permute(2, 1, 3, 0).contiguous() for n in self.nodes if self._may_skip(n)}
+        self.sparse: set[Node] = set()  # those of them that skip zeros on the present batch
         self.tails = {g.name: self._tail(g) for g in graph.groups}
 
     def _cast(self, tensor):
         tensor = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
         return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+
+    def _layer(self, node) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The weight and bias that a convolution runs with."""
+        return self.folded[node] if node in self.folded else tuple(map(self.constants.get, node.args[1:3]))
+
+    def _may_skip(self, node) -> bool:
+        """Whether `ops.sparse_conv` can compute a node, and faster where there are zeros enough."""
+        if node.target is not aten.conv2d.default or node.args[1] not in self.constants:
+            return False
+        weight, plain = self._layer(node)[0], ([1, 1], [1, 1], [1, 1], 1)  # stride, padding, dilation, groups
+        return (
+            torch.backends.cpu.get_cpu_capability() == "AVX512"
+            and (weight.device.type, weight.dtype) == ("cpu", torch.float32)
+            and weight.shape[2:] == (3, 3)
+            and len(weight) >= SPARSE_OUTPUTS
+            and len(node.args) > 4
+            and all(a == b for a, b in zip(node.args[3:], plain))
+        )
 
     # .. what is where
 
@@ -217,15 +241,20 @@ class Replay:
         for n, node in last.items():
             dies.setdefault(node, []).append(n)
         outputs = set(self.output.all_input_nodes)
-        live = peak = flops = 0
+        live = peak = flops = fixed = 0
         for node in nodes:
             size = self._bytes(node)
-            reads = sum(self._bytes(n) for n in node.all_input_nodes if n in clean)  # their rows are gathered
-            peak = max(peak, live + 2 * size + reads)
+            corrected = node in entries and node in clean
+            if corrected:  # the rows to correct, and what to subtract
+                fixed = max(fixed, 2 * max(size, CORRECTED))
+                peak = max(peak, live + size)
+            else:
+                reads = sum(self._bytes(n) for n in node.all_input_nodes if n in clean)  # their rows are gathered
+                peak = max(peak, live + 2 * size + reads)
             live += size - sum(self._bytes(n) for n in dies.get(node, ()) if n not in outputs)
-            flops += self._correction_flops(node, group, entries[node]) if node in entries and node in clean else self.flops(node)
+            flops += self._correction_flops(node, group, entries[node]) if corrected else self.flops(node)
         ready = max((self.position[n] for n in clean if n in self.position), default=0)
-        return Tail(group, entries, nodes, list(clean), ready, dies, max(peak, 1), flops)
+        return Tail(group, entries, nodes, list(clean), ready, dies, max(peak, 1), fixed, flops)
 
     def _calls(self, name):
         """The nodes that apply a layer: none if evaluation does not run it (an auxiliary head)."""
@@ -286,6 +315,8 @@ class Replay:
 
         if isinstance(node.meta.get("val"), torch.SymInt):
             return self._symbol(node.meta["val"], size)
+        if node in self.sparse:
+            return ops.sparse_conv(value(node.args[0]), self.packed[node], self._layer(node)[1])
         args, kwargs = (torch.fx.node.map_arg(a, argument) for a in (node.args, node.kwargs))
         if node in self.folded:
             args = (args[0], *self.folded[node], *args[3:])
@@ -331,6 +362,10 @@ class Replay:
             if n not in self.constants:
                 dies.setdefault(i, []).append(n)
         for i, node in enumerate(self.nodes):
+            if node in self.packed:
+                x = values[node.args[0]]
+                dense = x.numel() - int(ops.channel_statistics(x)[2].sum()) > SPARSE_DENSITY * x.numel()
+                (self.sparse.discard if dense else self.sparse.add)(node)
             values[node] = self._run(node, values.__getitem__, size)
             while waiting and waiting[0].ready <= i:
                 visit(waiting.pop(0), values)
@@ -379,19 +414,20 @@ class Replay:
         return self._result(value)
 
     def _corrected(self, node, values, rows, segments, slots):
-        """The consumer's old output, less what the unit gave to it."""
+        """The consumer's old output, less what the unit gave to it; few pairs at a time, so that what is subtracted stays in
+        the cache."""
         x, old = values[node.args[0]], values[node]
-        weight = self.folded[node][0] if node in self.folded else self.constants[node.args[1]]
+        weight = self._layer(node)[0]
         axis = 1 if node.target in CONVOLUTIONS else x.ndim - 1
         new = torch.empty_like(old[:1]).expand(len(rows), *old.shape[1:])
         new = torch.empty_like(new, memory_format=torch.channels_last if old.ndim == 4 else torch.contiguous_format)
+        step = max(1, CORRECTED // max(1, self._bytes(node)))
         for unit, start, stop in segments:
-            index = rows[start:stop]
-            given = x.index_select(axis, slots[unit])
-            every = len(index) == len(x)
-            given = given if every else given.index_select(0, index)
-            share = node.target(given, weight.index_select(1, slots[unit]), None, *node.args[3:])
-            torch.sub(old if every else old.index_select(0, index), share, out=new[start:stop])
+            given, by = x.movedim(axis, 0)[slots[unit]].movedim(0, axis), weight.index_select(1, slots[unit])
+            for part in range(start, stop, step):
+                index = rows[part : min(part + step, stop)]
+                share = node.target(_take(given, index), by, None, *node.args[3:])
+                torch.sub(_take(old, index), share, out=new[part : part + len(index)])
         return new
 
     def active(self, tail: Tail, values, units) -> torch.Tensor:
@@ -481,7 +517,8 @@ def _is_fresh(node) -> bool:
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
-CHUNK = 1 << 28  # bytes of a chunk of pairs beyond which more at once bring nothing
+CHUNK = 1 << 29  # bytes of a chunk of pairs beyond which more at once bring nothing
+CORRECTED = 1 << 22  # bytes of a consumer's output that are corrected together
 
 
 def _measure(replay: Replay, batches, loss_fn, mine, budget, journal, show) -> None:
@@ -499,7 +536,7 @@ def _measure(replay: Replay, batches, loss_fn, mine, budget, journal, show) -> N
             def visit(tail, values, targets=targets, size=size, base=base):
                 units = mine[tail.group.name]
                 which, examples = replay.active(tail, values, units).T.nonzero(as_tuple=True)
-                room = min(max(budget - size * live[tail.ready], 0), CHUNK)
+                room = min(max(budget - size * live[tail.ready] - tail.fixed, 0), CHUNK)
                 step = max(1, int(room / tail.bytes))
                 bar.update((len(units) * size - len(which)) * tail.flops)
                 for start in range(0, len(which), step):
@@ -547,6 +584,12 @@ def _pieces(batches, most):
             cut = (lambda value: value) if parts == 1 else (lambda value, rows=rows: _rows(value, rows))
             yield cut(inputs), cut(targets), number, len(rows)
             number += 1
+
+
+def _take(tensor, index):
+    """The rows of an ascending index: a view where they are neighbours."""
+    first, last = int(index[0]), int(index[-1])
+    return tensor[first : last + 1] if last - first == len(index) - 1 else tensor.index_select(0, index)
 
 
 def _rows(value, rows):
