@@ -4,6 +4,8 @@ small from the start; what cannot be cut is refused and left alone."""
 import contextlib
 import copy
 import dataclasses
+import functools
+import inspect
 import warnings
 
 import models as nets
@@ -143,6 +145,8 @@ def test_a_compiled_model_is_cut_through_its_wrapper():
 
 # -- training goes on --------------------------------------------------------------------------------------------------
 
+FOREACH = ("SGD", "Adam", "AdamW", "Adamax", "Adadelta", "ASGD", "RMSprop", "Adagrad", "NAdam", "RAdam", "Rprop")
+FUSED = ("SGD", "Adam", "AdamW", "Adagrad")  # that run on a CPU
 OPTIMIZERS = {
     "momentum": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=1e-2),
     "adam": lambda p: torch.optim.Adam(p, 1e-2),
@@ -157,7 +161,16 @@ OPTIMIZERS = {
     "radam": lambda p: torch.optim.RAdam(p, 1e-2),
     "rprop": lambda p: torch.optim.Rprop(p, 1e-2),
     "lbfgs": lambda p: torch.optim.LBFGS(p, 0.1, max_iter=2, history_size=4),
+    "lbfgs_wolfe": lambda p: torch.optim.LBFGS(p, 0.5, max_iter=3, history_size=3, line_search_fn="strong_wolfe"),
+    **{f"{name}_foreach": functools.partial(getattr(torch.optim, name), lr=1e-2, foreach=True) for name in FOREACH},
+    **{f"{name}_fused": functools.partial(getattr(torch.optim, name), lr=1e-2, fused=True) for name in FUSED},
 }  # fmt: skip
+APART = {"Adafactor", "Muon", "SparseAdam", "Optimizer"}  # each has a test of its own; the last is their base
+
+
+def test_every_optimizer_of_torch_is_tried():
+    made = {type(make([nn.Parameter(torch.zeros(2, 2))])).__name__ for make in OPTIMIZERS.values()}
+    assert made | APART >= {name for name, value in vars(torch.optim).items() if inspect.isclass(value)}
 
 
 def cut(tensor, name, plan):
@@ -235,7 +248,7 @@ def test_training_goes_on_as_if_small_from_the_start(kind):
     reference = built_small(model, plan)
     other = OPTIMIZERS[kind](reference.parameters())
     names = [n for n, _ in model.named_parameters()]
-    other.load_state_dict(flat_state_of(optimizer, model, plan) if kind == "lbfgs" else state_of(optimizer, names, plan))
+    other.load_state_dict(flat_state_of(optimizer, model, plan) if kind.startswith("lbfgs") else state_of(optimizer, names, plan))
     compact(model, plan, optimizer=optimizer)
     for _ in range(2):
         step(model, optimizer, x, y), step(reference, other, x, y)
@@ -256,6 +269,43 @@ def test_adafactors_factored_state_is_cut():
             assert torch.equal(value, cut(before[name][key], name, plan) if value.ndim > 0 else before[name][key]), (name, key)
     step(model, optimizer, x, y)
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muons_state_is_cut():
+    model, x, y = nets.small("flatten", dtype=torch.float64).train(), nets.inputs(8, dtype=torch.float64), torch.arange(8) % 5
+    flat = [p for p in model.parameters() if p.ndim == 2]  # it takes matrices alone
+    optimizers = [
+        torch.optim.Muon(flat, 1e-2),
+        torch.optim.SGD([p for p in model.parameters() if p.ndim != 2], 1e-2, momentum=0.9),
+    ]
+    for _ in range(2):
+        optimizers[1].zero_grad()
+        step(model, optimizers[0], x, y)
+        optimizers[1].step()
+    plan = random_plan(trace(model, x, fully_connected=True), 0.5)
+    names = {p: n for n, p in model.named_parameters()}
+    expected = {p: cut(optimizers[0].state[p]["momentum_buffer"], names[p], plan) for p in flat}
+    compact(model, plan, optimizer=optimizers)
+    assert all(torch.equal(optimizers[0].state[p]["momentum_buffer"], expected[p]) for p in flat)
+    step(model, optimizers[0], x, y), optimizers[1].step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_sparse_adams_state_is_cut_and_sparse_gradients_are_refused():
+    model, x = nets.small("chain"), nets.inputs()
+    optimizer = torch.optim.SparseAdam(model.parameters(), 1e-2)
+    model(x).sum().backward()
+    for p in model.parameters():
+        p.grad = p.grad.to_sparse()
+    optimizer.step()
+    plan = random_plan(trace(model, x), 0.5)
+    with pytest.raises(PlanError, match=r"first\.weight\.grad.*sparse"):
+        compact(model, plan, optimizer=optimizer)
+    optimizer.zero_grad()
+    expected = {n: cut(optimizer.state[p]["exp_avg_sq"], n, plan) for n, p in model.named_parameters()}
+    compact(model, plan, optimizer=optimizer)
+    assert all(torch.equal(optimizer.state[p]["exp_avg_sq"], expected[n]) for n, p in model.named_parameters())
 
 
 def test_gradients_are_cut_with_their_weights():

@@ -6,8 +6,8 @@ removing anything, by zeroing the units at their consumers: removal is zeroing, 
 """
 
 import contextlib
+import dataclasses
 import itertools
-import math
 import signal
 import threading
 
@@ -23,10 +23,12 @@ from taylored.trace import (
     LabelMode,
     TraceError,
     check_fit,
+    complement,
     line_at_fault,
     named_tensors,
     run_pass,
     slot_at,
+    unwrapped,
     zeroed,
 )
 
@@ -36,48 +38,151 @@ def masked(model: nn.Module, graph: ChannelGraph, plan: PrunePlan):
     return zeroed(model, graph, plan.removed)
 
 
-def compact(model: nn.Module, plan: PrunePlan, optimizer=None, also=(), *, release: bool = False) -> None:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Removed:
+    """What `compact(..., keep_removed=True)` cut off, for `restore`. A value: it can be copied, pickled and kept.
+
+    plan: the plan that was applied. lost: for every tensor that was cut ("model: conv.weight", "optimizer[0]: exp_avg of
+    conv.weight", ...) the slices taken out of each dimension, one dimension after the other. strides: what they were.
+    sizes: what modules said of their own sizes.
+    """
+
+    plan: PrunePlan
+    lost: dict[str, dict[int, torch.Tensor]]
+    strides: dict[str, tuple[int, ...]]
+    sizes: dict[str, dict[str, int]]
+
+    def __repr__(self):
+        size = sum(t.nbytes for slices in self.lost.values() for t in slices.values())
+        return f"Removed({self.plan!r}, {len(self.lost)} tensors, {size / 2**20:.1f} MiB)"
+
+
+def compact(
+    model: nn.Module, plan: PrunePlan, optimizer=None, also=(), *, release: bool = False, keep_removed: bool = False
+) -> Removed | None:
     """Remove a plan's units from the model, in place.
 
     optimizer: one torch.optim optimizer or a list; per-element state is compacted along with its parameter. also:
     moving-average copies: modules with the same names (or that hold such a one as `.module`, like AveragedModel and
     timm's ModelEma) or mappings from name to tensor. release: give the freed memory back, at the price of one copy;
-    otherwise each tensor keeps its old storage, of which it uses the front.
+    otherwise each tensor keeps its old storage, of which it uses the front. keep_removed: return what was cut off, from
+    which `restore` puts everything back.
 
     Everything is checked before anything is touched. Raises PlanError if the plan does not fit; TraceError if the model
     does not run with fewer channels, naming its line (a forward that hard-codes a channel count).
     """
-    model = getattr(model, "_orig_mod", model)
-    tensors = named_tensors(model)
-    jobs = _jobs(plan, tensors, "model")
-    attributes = _attributes(model, plan)
-    for number, copy in enumerate([also] if isinstance(also, (nn.Module, dict)) else also):
-        copy = _twin(copy, plan, number)
-        jobs += _jobs(plan, copy if isinstance(copy, dict) else named_tensors(copy), f"also[{number}]")
-        attributes += _attributes(copy, plan) if isinstance(copy, nn.Module) else []
-    names = {id(t): name for name, t in tensors.items()}
-    flat = []
-    optimizers = [] if optimizer is None else optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
-    for opt in optimizers:
-        more, segments = _optimizer_jobs(plan, opt, names)
-        jobs += more
-        flat += segments
+    work = _Work(plan, model, optimizer, also, cut=False)
     if plan.graph is not None:
         rehearse(model, plan)
+    removed = work.removed() if keep_removed else None
     with _uninterrupted(), torch.no_grad():
-        for tensor, dims in jobs:
-            _replace(tensor, ops.compact_(tensor.data, dims))
-        for tensor, segments in flat:
-            _compact_flat(tensor, segments)
-        for opt in optimizers:
+        for job in work.jobs:
+            _replace(job.tensor, ops.compact_(job.tensor.data, job.dims))
+        for tensor, stretches in work.flat:
+            _compact_flat(tensor, stretches)
+        work.finish({name: values for name, _, values in work.modules})
+        if release:
+            for job in work.jobs:
+                job.tensor.data = job.tensor.data.clone(memory_format=torch.preserve_format)
+    return removed
+
+
+def restore(model: nn.Module, removed: Removed, optimizer=None, also=()) -> None:
+    """Undo `removed = compact(model, plan, optimizer, also, keep_removed=True)`, given the same arguments.
+
+    What was cut off comes back as it was, what was kept stays as it is: all is exactly as before the cut if nothing was
+    trained in between. Gradients and optimizer state that are gone by now stay so; in those that are new the slices that
+    come back are zero. (LBFGS starts its history anew if it has stepped.) Several cuts are undone last one first.
+
+    Raises PlanError, with nothing touched, if the model is not as that cut left it, or an optimizer or average is missing.
+    """
+    work = _Work(removed.plan, model, optimizer, also, cut=True)
+    if missing := {name.partition(":")[0] for name in removed.lost} - work.given:
+        raise PlanError(f"{', '.join(sorted(missing))} was compacted with the model, but is not given to restore")
+    whole, restarted = [(job.tensor, _put_back(job, removed)) for job in work.jobs], False
+    for tensor, stretches in work.flat:
+        if any(job.name in removed.lost for job in stretches):
+            whole.append((tensor, torch.cat([_put_back(job, removed).flatten() for job in stretches])))
+        else:
+            restarted = True
+    with _uninterrupted(), torch.no_grad():
+        for tensor, data in whole:
+            _replace(tensor, data)
+        for opt in work.optimizers:
+            if restarted and isinstance(opt, torch.optim.LBFGS):
+                opt.state.clear()
+        work.finish(removed.sizes)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Job:
+    """A tensor, or a stretch of one, to be cut as the plan cuts `owner`. dims: dimension -> kept indices."""
+
+    name: str
+    owner: str
+    tensor: torch.Tensor
+    dims: dict[int, torch.Tensor]
+
+
+class _Work:
+    """All that goes with a plan: the model's tensors and gradients, its averages, the state of its optimizers.
+
+    cut: the plan was applied and is to be undone. To find it all is to check it all; nothing is changed."""
+
+    def __init__(self, plan, model, optimizer, also, cut):
+        model = unwrapped(model)
+        self.jobs: list[_Job] = []
+        self.modules: list[tuple[str, nn.Module, dict[str, int]]] = []
+        self.flat: list[tuple[torch.Tensor, list[_Job]]] = []
+        copies = enumerate([also] if isinstance(also, (nn.Module, dict)) else also)
+        twins = {"model": model, **{f"also[{n}]": _twin(copy, plan, f"also[{n}]") for n, copy in copies}}
+        for what, twin in twins.items():
+            self.jobs += _jobs(plan, twin if isinstance(twin, dict) else named_tensors(twin), what, cut)
+            if isinstance(twin, nn.Module):
+                self.modules += [(f"{what}: {name}", *found) for name, *found in _attributes(twin, plan)]
+        names = {id(t): name for name, t in named_tensors(model).items()}
+        self.optimizers = [] if optimizer is None else list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+        for number, opt in enumerate(self.optimizers):
+            jobs, flat = _optimizer_jobs(plan, opt, names, f"optimizer[{number}]")
+            self.jobs += jobs
+            self.flat += flat
+        self.given = {*twins, *(f"optimizer[{n}]" for n in range(len(self.optimizers)))}
+        self.plan = plan
+
+    def removed(self) -> Removed:
+        jobs = [*self.jobs, *itertools.chain.from_iterable(stretches for _, stretches in self.flat)]
+        sizes = {name: {key: getattr(module, key) for key in values} for name, module, values in self.modules}
+        return Removed(self.plan, {job.name: _lost(job) for job in jobs}, {job.name: job.tensor.stride() for job in jobs}, sizes)
+
+    def finish(self, sizes):
+        """What is known of sizes besides the tensors themselves."""
+        for opt in self.optimizers:
             if isinstance(opt, torch.optim.LBFGS):
                 opt._numel_cache = None  # it remembers how many elements its parameters have
-        for module, values in attributes:
-            for name, value in values.items():
-                setattr(module, name, value)
-        if release:
-            for tensor, _ in jobs:
-                tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
+        for name, module, _ in self.modules:
+            for key, value in sizes[name].items():
+                setattr(module, key, value)
+
+
+def _lost(job) -> dict[int, torch.Tensor]:
+    x, lost = job.tensor.detach(), {}
+    for d, kept in job.dims.items():
+        lost[d] = x.index_select(d, complement(kept, x.shape[d]).to(x.device))
+        x = x.index_select(d, kept.to(x.device))
+    return lost
+
+
+def _put_back(job, removed) -> torch.Tensor:
+    """The whole tensor, in new memory: the inverse of `_lost` and the cut."""
+    x, lost = job.tensor.detach(), removed.lost.get(job.name)
+    dims = job.dims if lost is None else {d: removed.plan.keep[job.owner, d] for d in lost}
+    for d, kept in reversed(dims.items()):
+        gone = complement(kept, removed.plan.shapes[job.owner][d])
+        shape = [len(kept) + len(gone) if i == d else s for i, s in enumerate(x.shape)]
+        whole = x.new_zeros(shape).index_copy_(d, kept.to(x.device), x)
+        x = whole if lost is None else whole.index_copy_(d, gone.to(x.device), lost[d].to(x))
+    stride = removed.strides.get(job.name, ops.packed_strides(list(x.shape), job.tensor))
+    return torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device).copy_(x)
 
 
 def _replace(tensor, data):
@@ -89,83 +194,90 @@ def _replace(tensor, data):
     tensor.data = data
 
 
-def _jobs(plan, tensors, what) -> list[tuple[torch.Tensor, dict[int, torch.Tensor]]]:
-    """(tensor, {dimension: kept indices}) for everything the plan touches, checked."""
+def _jobs(plan, tensors, what, cut) -> list[_Job]:
+    """What the plan changes of a model's tensors and their gradients, checked."""
     jobs, cuts = [], plan.cuts
     for name, shape in plan.shapes.items():
         if name not in tensors:
             raise PlanError(f"the plan does not fit {what}: it has no tensor {name!r}")
-        tensor = tensors[name]
-        if tuple(tensor.shape) != shape:
-            raise PlanError(f"the plan does not fit {what}: {name!r} has shape {tuple(tensor.shape)}, the plan expects {shape}")
-        dims = cuts[name]
-        for d, indices in dims.items():
+        tensor, expected = tensors[name], plan.shape_after(name) if cut else shape
+        if tuple(tensor.shape) != expected:
+            wants = "leaves" if cut else "expects"
+            raise PlanError(
+                f"the plan does not fit {what}: {name!r} has shape {tuple(tensor.shape)}, the plan {wants} {expected}"
+            )
+        for d, indices in cuts[name].items():
             ascending = len(indices) > 0 and bool((indices[1:] > indices[:-1]).all())
             if not ascending or indices[0] < 0 or indices[-1] >= shape[d]:
                 raise PlanError(f"the plan's keep[{name!r}, {d}] must be ascending indices below {shape[d]}")
-        jobs.append((_compactable(tensor, name, what), dims))
+        jobs.append(_job(f"{what}: {name}", name, tensor, cuts[name]))
         if tensor.grad is not None:
-            jobs.append((_compactable(tensor.grad, f"{name}.grad", what), dims))
+            jobs.append(_job(f"{what}: {name}.grad", name, tensor.grad, cuts[name]))
     return jobs
 
 
-def _compactable(tensor, name, what):
-    if not ops.is_dense(tensor):
-        raise PlanError(f"{what}: {name!r} has gaps or overlaps in memory (strides {tensor.stride()}); make it contiguous first")
-    return tensor
+def _job(name, owner, tensor, dims) -> _Job:
+    if tensor.layout != torch.strided or not ops.is_dense(tensor):
+        strides = f"strides {tensor.stride()}" if tensor.layout == torch.strided else str(tensor.layout)
+        raise PlanError(f"{name!r} has gaps or overlaps in memory ({strides}); make it contiguous first")
+    return _Job(name, owner, tensor, dims)
 
 
-def _twin(copy, plan, number):
+def _twin(copy, plan, what):
     """The mapping, or the module that has the model's names: the copy itself or the one inside of it."""
     if not isinstance(copy, (nn.Module, dict)):
-        raise TypeError(f"also[{number}] must be a module or a mapping from name to tensor, got {type(copy).__name__}")
+        raise TypeError(f"{what} must be a module or a mapping from name to tensor, got {type(copy).__name__}")
     inside = getattr(copy, "module", None) if isinstance(copy, nn.Module) else None
     if isinstance(inside, nn.Module) and not all(name in named_tensors(copy) for name in plan.shapes):
         return inside
     return copy
 
 
-def _optimizer_jobs(plan, optimizer, names):
-    """State that has a parameter's shape, or that shape with some dimensions reduced to 1 (Adafactor's)."""
+def _optimizer_jobs(plan, optimizer, names, what):
+    """State that has a parameter's shape, or that shape with some dimensions reduced to 1 (Adafactor's); and LBFGS's vectors,
+    with the stretch that each parameter has in them."""
     jobs, flat = [], []
     cuts, parameters = plan.cuts, [p for group in optimizer.param_groups for p in group["params"]]
     if not any(id(p) in names for p in parameters):
         raise PlanError("optimizer has none of the model's parameters: was it made for another model?")
-    dims_of = {p: cuts.get(names.get(id(p)), {}) for p in parameters}
     if isinstance(optimizer, torch.optim.LBFGS):
-        segments = [(tuple(p.shape), dims) for p, dims in dims_of.items()]
-        total = sum(p.numel() for p in parameters)
-        for value in itertools.chain.from_iterable(state.values() for state in optimizer.state.values()):
-            for tensor in value if isinstance(value, list) else [value]:
-                if isinstance(tensor, torch.Tensor) and tensor.numel() == total:
-                    flat.append((tensor, segments))
+        sizes = [p.numel() for p in parameters]
+        for state in optimizer.state.values():
+            for key, value in state.items():
+                for number, tensor in enumerate(value if isinstance(value, list) else [value]):
+                    if isinstance(tensor, torch.Tensor) and tensor.numel() == sum(sizes):
+                        flat.append((tensor, stretches := []))
+                        title = f"{what}: {key}[{number}] of step {state['n_iter']}"
+                        for p, stretch in zip(parameters, tensor.detach().split(sizes), strict=True):
+                            name = names.get(id(p), "")
+                            stretches.append(_Job(f"{title}, {name}", name, stretch.view(p.shape), cuts.get(name, {})))
         return jobs, flat
-    for p, dims in dims_of.items():
-        for key, value in optimizer.state.get(p, {}).items():
-            if dims and isinstance(value, torch.Tensor) and value.ndim == p.ndim:
+    for p in parameters:
+        name = names.get(id(p))
+        for key, value in optimizer.state.get(p, {}).items() if name in cuts else ():
+            if isinstance(value, torch.Tensor) and value.ndim == p.ndim:
                 fits = all(v in (s, 1) for v, s in zip(value.shape, p.shape, strict=True))
-                mine = {d: indices for d, indices in dims.items() if value.shape[d] == p.shape[d]}
+                mine = {d: indices for d, indices in cuts[name].items() if value.shape[d] == p.shape[d]}
                 if fits and mine:
-                    jobs.append((_compactable(value, f"{key} of {names[id(p)]}", "optimizer"), mine))
+                    jobs.append(_job(f"{what}: {key} of {name}", name, value, mine))
     return jobs, flat
 
 
-def _compact_flat(tensor, segments, chunk=1 << 17):
+def _compact_flat(tensor, stretches, chunk=1 << 17):
     """LBFGS keeps all parameters end to end in one vector: compact each stretch, then close the gaps."""
     source = target = 0
-    for shape, dims in segments:
-        stretch = tensor.data[source : source + math.prod(shape)]
-        kept = ops.compact_(stretch.view(shape), dims).numel() if dims else stretch.numel()
+    for job in stretches:
+        kept = ops.compact_(job.tensor, job.dims).numel() if job.dims else job.tensor.numel()
         for start in range(0, kept, chunk):
             stop = min(start + chunk, kept)
             tensor.data[target + start : target + stop] = tensor.data[source + start : source + stop].clone()
-        source += stretch.numel()
+        source += job.tensor.numel()
         target += kept
     tensor.data = tensor.data[:target]
 
 
-def _attributes(model, plan) -> list[tuple[nn.Module, dict[str, int]]]:
-    """What modules say about their own sizes, as it will be."""
+def _attributes(model, plan) -> list[tuple[str, nn.Module, dict[str, int]]]:
+    """What modules say about their own sizes, as it will be, by their names."""
     found = []
     for prefix, module in model.named_modules():
         names = (f"{prefix}.{local}" if prefix else local for local in ("weight", "running_mean"))
@@ -187,7 +299,7 @@ def _attributes(model, plan) -> list[tuple[nn.Module, dict[str, int]]]:
             values = {"num_parameters": new[0]}
         else:
             continue
-        found.append((module, values))
+        found.append((prefix, module, values))
     return found
 
 
@@ -222,7 +334,7 @@ def rehearse(model: nn.Module, plan: PrunePlan) -> None:
     """Run the planned model on the meta device: shapes, labels and FLOPs must come out as planned. Changes nothing.
 
     Raises TraceError with the file and line of the forward that does not follow its input's number of channels."""
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     graph = plan.graph
     try:
         check_fit(graph, model)
@@ -230,9 +342,9 @@ def rehearse(model: nn.Module, plan: PrunePlan) -> None:
         raise PlanError(f"the plan does not fit model: {error}") from error
     after = graph.after(plan.removed)
     attributes = _attributes(model, plan)
-    before = [(module, {name: getattr(module, name) for name in values}) for module, values in attributes]
+    before = [(module, {name: getattr(module, name) for name in values}) for _, module, values in attributes]
     try:
-        for module, values in attributes:
+        for _, module, values in attributes:
             module.__dict__.update(values)
         # A dimension of size 1 carries no labels: where a single channel is left, shapes and FLOPs alone are compared.
         labelled = all(len(c) > 1 for c in after.components.values())

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from taylored import ops
-from taylored.trace import ChannelGraph, check_fit
+from taylored.trace import ChannelGraph, check_fit, unwrapped
 
 
 class TaylorScorer:
@@ -32,7 +32,7 @@ class TaylorScorer:
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
         check_fit(graph, model)
-        self.model = getattr(model, "_orig_mod", model)
+        self.model = unwrapped(model)
         self.graph = graph
         self.reduction = reduction
         self.loss_reduction = loss_reduction

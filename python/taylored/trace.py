@@ -800,7 +800,7 @@ def trace(model: nn.Module, example_inputs, *, fully_connected: bool = False) ->
 
     Raises TraceError if the model does not run on the example inputs, naming the line where it fails.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     args, kwargs = as_arguments(example_inputs)
@@ -840,6 +840,20 @@ def count_examples(batch) -> int:
     return next(len(t) for t in tree_leaves(batch) if isinstance(t, torch.Tensor) and t.ndim)
 
 
+def wrappers(model: nn.Module):
+    """The model, what it wraps (torch.compile's, DataParallel's and DistributedDataParallel's modules), and so on."""
+    yield model
+    parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    if (inner := getattr(model, "module" if parallel else "_orig_mod", None)) is not None:
+        yield from wrappers(inner)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model without its wrappers."""
+    *_, inner = wrappers(model)
+    return inner
+
+
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter and buffer by name, shared ones once."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -851,7 +865,7 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def check_fit(graph: ChannelGraph, model: nn.Module) -> None:
     """Raises ValueError unless the model's tensors are those that the graph is of."""
-    there = {name: tuple(t.shape) for name, t in named_tensors(getattr(model, "_orig_mod", model)).items()}
+    there = {name: tuple(t.shape) for name, t in named_tensors(unwrapped(model)).items()}
     for name in (*graph.shapes, *there):
         if there.get(name) != graph.shapes.get(name):
             here, known = (f"shape {s[name]}" if name in s else "no such tensor" for s in (there, graph.shapes))
@@ -940,7 +954,7 @@ def zeroed(model: nn.Module, graph: ChannelGraph, units: dict[str, torch.Tensor]
     """Within the context the model computes as if the units (group name -> unit indices) were removed: their channels are
     zero at the inputs of all their consumers."""
     check_fit(graph, model)
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     lost: dict[str, list[torch.Tensor]] = {}
     for name, indices in units.items():
         for consumer, slots in graph.group(name).inputs.items():
