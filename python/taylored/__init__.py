@@ -7,7 +7,7 @@ from taylored.checkpoint import load, save
 from taylored.compact import Removed, compact, masked, rehearse, restore
 from taylored.criteria import spearman
 from taylored.oracle import oracle
-from taylored.plan import PlanError, PrunePlan, make_plan, random_plan
+from taylored.plan import PlanError, PrunePlan, diff, make_plan, random_plan
 from taylored.prune import PruneResult, prune
 from taylored.score import TaylorScorer
 from taylored.trace import ChannelGraph, Group, TraceError, trace
@@ -27,6 +27,7 @@ __all__ = [
     "TraceError",
     "compact",
     "criteria",
+    "diff",
     "load",
     "make_plan",
     "masked",
