@@ -13,6 +13,7 @@ import threading
 
 import numpy as np
 import torch
+from torch import distributed as dist
 from torch import nn
 
 from taylored import ops
@@ -24,6 +25,7 @@ from taylored.trace import (
     TraceError,
     check_fit,
     complement,
+    data_parallel,
     line_at_fault,
     named_tensors,
     run_pass,
@@ -68,9 +70,15 @@ def compact(
     otherwise each tensor keeps its old storage, of which it uses the front. keep_removed: return what was cut off, from
     which `restore` puts everything back.
 
+    model: in its DistributedDataParallel wrapper every process calls this with the same plan (compared by digest), and wraps
+    the model again afterwards, `model = DistributedDataParallel(model.module)`, for its buckets have the old sizes.
+
     Everything is checked before anything is touched. Raises PlanError if the plan does not fit; TraceError if the model
     does not run with fewer channels, naming its line (a forward that hard-codes a channel count).
     """
+    parallel = data_parallel(model)
+    if parallel is not None:
+        _check_agreement(plan, parallel)
     work = _Work(plan, model, optimizer, also, cut=False)
     if plan.graph is not None:
         rehearse(model, plan)
@@ -84,6 +92,7 @@ def compact(
         if release:
             for job in work.jobs:
                 job.tensor.data = job.tensor.data.clone(memory_format=torch.preserve_format)
+        _outdate(parallel)
     return removed
 
 
@@ -112,6 +121,25 @@ def restore(model: nn.Module, removed: Removed, optimizer=None, also=()) -> None
             if restarted and isinstance(opt, torch.optim.LBFGS):
                 opt.state.clear()
         work.finish(removed.sizes)
+        _outdate(data_parallel(model))
+
+
+def _check_agreement(plan, parallel):
+    """Every process must cut the same: one that did not would train another model, and the next reduction would hang or fail."""
+    digests = [None] * dist.get_world_size(parallel.process_group)
+    dist.all_gather_object(digests, plan.digest, group=parallel.process_group)
+    if len(set(digests)) > 1:
+        raise PlanError(f"the processes do not have the same plan: their digests are {digests}; nothing was changed")
+
+
+def _outdate(parallel):
+    """DistributedDataParallel's buckets have the sizes that the model had when it was wrapped."""
+
+    def refuse(_module, _args):
+        raise RuntimeError("the model was cut since it was wrapped: wrap it again, model = DistributedDataParallel(model.module)")
+
+    if parallel is not None:
+        parallel.register_forward_pre_hook(refuse)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from taylored import ops
-from taylored.trace import ChannelGraph, check_fit, unwrapped
+from taylored.trace import ChannelGraph, check_fit, data_parallel, unwrapped
 
 
 class TaylorScorer:
@@ -21,6 +21,9 @@ class TaylorScorer:
     reduction: "abs", the paper's mean over examples of |t|; "batch", |sum over the batch| (the walk-through's);
     "square", mean over examples of t^2 (Molchanov et al. 2019). t is the first-order change of one example's loss, over
     the number of positions of the unit's map. loss_reduction: "mean" if the loss is averaged over the batch, else "sum".
+
+    model: given in its DistributedDataParallel wrapper, the processes' scores are added up, and each process must call
+    `scores`; with "batch" a batch is one process's own.
 
     Scores are proportional to the loss that backward is called on: a GradScaler's constant factor cancels in the
     normalisation of `make_plan`. Works with weights that are frozen, and through several backward passes per step.
@@ -33,6 +36,7 @@ class TaylorScorer:
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
         check_fit(graph, model)
         self.model = unwrapped(model)
+        self._parallel = data_parallel(model)
         self.graph = graph
         self.reduction = reduction
         self.loss_reduction = loss_reduction
@@ -119,11 +123,19 @@ class TaylorScorer:
 
         Groups that no gradient reached (a head that only training mode runs) are left out. Raises RuntimeError if no
         backward pass was seen at all, FloatingPointError if a score is NaN or infinite."""
-        if not self._totals:
+        sums = [self._totals.get(g.name) for g in self.graph.groups]
+        device = next(self.model.parameters()).device
+        sums = [
+            torch.zeros(g.units, dtype=torch.float64, device=device) if t is None else t for g, t in zip(self.graph.groups, sums)
+        ]
+        examples = [self._examples.get(g.name, 0) for g in self.graph.groups]
+        everything = torch.cat([*sums, torch.tensor(examples, dtype=torch.float64, device=device)])
+        if self._parallel is not None:
+            torch.distributed.all_reduce(everything, group=self._parallel.process_group)
+        *sums, examples = everything.cpu().split([*(g.units for g in self.graph.groups), len(self.graph.groups)])
+        if not examples.any():
             raise RuntimeError("no backward pass was scored: call loss.backward() within `with TaylorScorer(...)`")
-        scores = {
-            g.name: self._totals[g.name].cpu() / self._examples[g.name] for g in self.graph.groups if g.name in self._totals
-        }
+        scores = {g.name: s / n for g, s, n in zip(self.graph.groups, sums, examples, strict=True) if n}
         for name, s in scores.items():
             if not s.isfinite().all():
                 raise FloatingPointError(f"the scores of {name!r} are not finite: the loss or its gradient was NaN or infinite")

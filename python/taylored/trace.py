@@ -854,6 +854,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return inner
 
 
+def data_parallel(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
+    """The wrapper, if there is one, with which several processes train the model as one."""
+    return next((m for m in wrappers(model) if isinstance(m, nn.parallel.DistributedDataParallel)), None)
+
+
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter and buffer by name, shared ones once."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
