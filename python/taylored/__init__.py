@@ -6,6 +6,7 @@ from taylored import criteria
 from taylored.checkpoint import load, save
 from taylored.compact import Removed, compact, masked, rehearse, restore
 from taylored.criteria import spearman
+from taylored.export import export
 from taylored.oracle import oracle
 from taylored.plan import PlanError, PrunePlan, diff, make_plan, random_plan
 from taylored.prune import PruneResult, prune
@@ -28,6 +29,7 @@ __all__ = [
     "compact",
     "criteria",
     "diff",
+    "export",
     "load",
     "make_plan",
     "masked",
