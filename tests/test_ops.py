@@ -135,4 +135,4 @@ def test_opcheck(dtype):
         torch.library.opcheck(library.channel_statistics.default, (a,))
         torch.library.opcheck(library.compact_.default, (a.clone(), [0, 1], [torch.tensor([1]), torch.tensor([0, 3])]))
     torch.library.opcheck(library.accumulate_.default, (torch.zeros(5), [torch.randn(2, 5)], 0, 1.0))
-    torch.library.opcheck(library.record.default, (torch.zeros(()), x, x, -1))
+    torch.library.opcheck(library.record.default, (torch.zeros(()), x, x, -1, -1))

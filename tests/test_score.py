@@ -2,11 +2,13 @@
 
 import copy
 import functools
+import pickle
 
 import models as nets
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from taylored import TaylorScorer, compact, random_plan, trace
 
@@ -176,6 +178,49 @@ def test_a_compiled_model_scores_again_after_the_cut():
     compact(compiled, plan)
     after = graph.after(plan.removed)
     close(score(compiled, after, x, y, runner=compiled), score(model, after, x, y), rtol=1e-4, atol=1e-6)
+
+
+class Checkpointed(nets.Depthwise):
+    """Its middle is a segment of its own, so that a unit has consumers within it and without."""
+
+    reentrant = True
+
+    def forward(self, x):
+        x = self.stem(x).tanh()
+        y = checkpoint(self.middle, x, use_reentrant=self.reentrant)
+        return self.head((x + checkpoint(self.project, y, use_reentrant=self.reentrant)).tanh().mean((2, 3)))
+
+    def middle(self, x):
+        y = self.norm(self.depthwise(self.expand(x).tanh())).tanh()
+        return y * self.excite(self.squeeze(y.mean((2, 3), keepdim=True)).tanh()).sigmoid()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reduction", ["abs", "batch", "square"])
+def test_gradient_checkpointing_changes_no_score(reentrant, reduction):
+    plain, x, y = nets.small("depthwise", dtype=torch.float64), nets.inputs(4, dtype=torch.float64), target(4)
+    graph, model = trace(plain, x), Checkpointed().double().eval()
+    model.load_state_dict(plain.state_dict())
+    model.reentrant = reentrant
+    with TaylorScorer(model, graph, reduction=reduction) as scorer:
+        for _ in range(2):
+            (cross_entropy(model(x), y) + cross_entropy(model(x / 2), y)).backward()
+    with TaylorScorer(plain, graph, reduction=reduction) as expected:
+        for _ in range(2):
+            (cross_entropy(plain(x), y) + cross_entropy(plain(x / 2), y)).backward()
+    close(scorer.scores(), expected.scores())
+
+
+def test_a_copy_made_while_scoring_is_not_scored():
+    model, x, y = nets.small("chain"), nets.inputs(4), target(4)
+    graph = trace(model, x)
+    expected = score(model, graph, x, y)
+    with TaylorScorer(model, graph) as scorer:
+        cross_entropy(model(x), y).backward()
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(copied(x), model(x))
+            cross_entropy(copied(2 * x), y).backward()
+    close(scorer.scores(), expected)
 
 
 def test_channels_last_scores_are_the_same():

@@ -66,7 +66,7 @@ class TaylorScorer:
             device, key = module.weight.device, ops.gate_key(module)
             anchor, token = torch.zeros((), device=device, requires_grad=True), torch.zeros((), device=device)
             ops.set_recorder(key, functools.partial(self._record, name, self.graph.layers[name].axis))
-            self._handles.append((module.register_forward_pre_hook(_gated(anchor, token, key)), key))
+            self._handles.append((module.register_forward_pre_hook(_Gate(anchor, token, key, self._enter)), key))
         return self
 
     def __exit__(self, *exception):
@@ -77,11 +77,18 @@ class TaylorScorer:
         self._arrived.clear()
         _forget_compiled()
 
-    def _record(self, name, axis, x, g):
-        task = torch._C._current_graph_task_id()  # one backward pass; a failed one never ends
+    def _enter(self, task):
+        """Called within a backward pass, by its number; when it ends, what has arrived is added up. One that fails never ends."""
         if task not in self._arrived:
             self._arrived[task] = {}
             torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._finish, task))
+
+    def _record(self, name, axis, x, g, task):
+        """task: the backward pass that ran the gate's forward, -1 if none did. Reentrant checkpointing runs a segment's forward
+        and its backward within the backward pass of the whole, the latter as a pass of its own."""
+        if task == -1:
+            task = torch._C._current_graph_task_id()
+            self._enter(task)
         t = ops.contribution(x.movedim(axis, 1), g.movedim(axis, 1))  # [N, C]
         self._arrived[task].setdefault(name, []).append(t)
 
@@ -148,9 +155,25 @@ def _forget_compiled():
         torch.compiler.reset()
 
 
-def _gated(anchor, token, key):
-    def hook(_module, args):
-        if torch.is_grad_enabled():
-            return (ops.gate(args[0], anchor, token, key), *args[1:])
+class _Gate:
+    """The hook on a consumer. A copy of the model, pickled or not, gets a hook that does nothing: it is not being scored."""
 
-    return hook
+    def __init__(self, anchor, token, key, enter):
+        self.anchor, self.token, self.key, self.enter = anchor, token, key, enter
+
+    def __call__(self, _module, args):
+        if not torch.is_grad_enabled():
+            return None
+        task = -1
+        if not torch.compiler.is_compiling():
+            task = torch._C._current_graph_task_id()
+            if task != -1:
+                self.enter(task)
+        return (ops.gate(args[0], self.anchor, self.token, self.key, task), *args[1:])
+
+    def __reduce__(self):
+        return functools.partial, (_ungated,)
+
+
+def _ungated(_module, _args):
+    return None
