@@ -522,6 +522,17 @@ def test_the_mask_goes_with_its_context():
     assert nets.unchanged(before, model)
 
 
+def test_the_mask_reaches_compiled_code_and_leaves_it():
+    model, x = nets.small("depthwise"), nets.inputs()
+    graph = trace(model, x)
+    plan, compiled = random_plan(graph, 0.5), torch.compile(model, backend="eager")
+    with torch.no_grad(), torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):  # as torch comes
+        whole = compiled(x)
+        with masked(compiled, graph, plan):
+            assert torch.equal(compiled(x), model(x)) and not torch.equal(compiled(x), whole)
+        assert torch.equal(compiled(x), whole)
+
+
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 

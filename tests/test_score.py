@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from taylored import TaylorScorer, compact, random_plan, trace
+from taylored import TaylorScorer, compact, make_plan, random_plan, trace
 
 
 def target(n):
@@ -178,6 +178,40 @@ def test_a_compiled_model_scores_again_after_the_cut():
     compact(compiled, plan)
     after = graph.after(plan.removed)
     close(score(compiled, after, x, y, runner=compiled), score(model, after, x, y), rtol=1e-4, atol=1e-6)
+
+
+def counting():
+    """A backend that runs as it is what it is given, and a list that grows by every graph it is given."""
+    graphs = []
+    return lambda graph, _: graphs.append(graph) or graph.forward, graphs
+
+
+def test_a_scorer_that_pauses_compiles_nothing_anew():
+    model, x, y = nets.small("chain"), nets.inputs(4), target(4)
+    graph, (backend, graphs) = trace(model, x), counting()
+    compiled = torch.compile(model, backend=backend)
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):  # as torch comes
+        cross_entropy(compiled(x), y).backward()
+        scorer = TaylorScorer(model, graph)
+        for _ in range(4):
+            with scorer:
+                cross_entropy(compiled(x), y).backward()
+            cross_entropy(compiled(x), y).backward()
+    assert len(graphs) == 3  # before, with gates, and once more without
+    close(scorer.scores(), score(model, graph, x, y), rtol=1e-4, atol=1e-6)
+
+
+def test_a_compiled_model_stays_compiled_through_many_cuts():
+    model, x, y = nets.small("depthwise"), nets.inputs(4), target(4)
+    graph, (backend, graphs) = trace(model, x), counting()
+    compiled = torch.compile(model, backend=backend)
+    for n in range(1, 11):  # more than the versions of one function that torch keeps
+        scores = score(compiled, graph, x, y)
+        cross_entropy(compiled(x), y).backward()
+        assert len(graphs) == 2 * n
+        plan = make_plan(graph, scores, remove_units=1)
+        compact(compiled, plan)
+        graph = graph.after(plan.removed)
 
 
 class Checkpointed(nets.Depthwise):

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import itertools
 import signal
+import sys
 import threading
 
 import numpy as np
@@ -92,7 +93,7 @@ def compact(
         if release:
             for job in work.jobs:
                 job.tensor.data = job.tensor.data.clone(memory_format=torch.preserve_format)
-        _outdate(parallel)
+    _outdate(parallel)
     return removed
 
 
@@ -121,7 +122,7 @@ def restore(model: nn.Module, removed: Removed, optimizer=None, also=()) -> None
             if restarted and isinstance(opt, torch.optim.LBFGS):
                 opt.state.clear()
         work.finish(removed.sizes)
-        _outdate(data_parallel(model))
+    _outdate(data_parallel(model))
 
 
 def _check_agreement(plan, parallel):
@@ -133,11 +134,14 @@ def _check_agreement(plan, parallel):
 
 
 def _outdate(parallel):
-    """DistributedDataParallel's buckets have the sizes that the model had when it was wrapped."""
+    """What was made for the old sizes: compiled code, of which torch keeps no more than a few versions and would give up, and
+    DistributedDataParallel's buckets."""
 
     def refuse(_module, _args):
         raise RuntimeError("the model was cut since it was wrapped: wrap it again, model = DistributedDataParallel(model.module)")
 
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
     if parallel is not None:
         parallel.register_forward_pre_hook(refuse)
 

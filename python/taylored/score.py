@@ -6,13 +6,12 @@ accumulated. arXiv:1611.06440, equations 6 and 7.
 """
 
 import functools
-import sys
 
 import torch
 from torch import nn
 
 from taylored import ops
-from taylored.trace import ChannelGraph, check_fit, data_parallel, unwrapped
+from taylored.trace import ChannelGraph, check_fit, data_parallel, unwrapped, watch_hooks
 
 
 class TaylorScorer:
@@ -60,7 +59,7 @@ class TaylorScorer:
     def __enter__(self):
         if self._handles:
             raise RuntimeError("this TaylorScorer is already active")
-        _forget_compiled()
+        watch_hooks()
         for name in self._consumers:
             module = self.model.get_submodule(name)
             device, key = module.weight.device, ops.gate_key(module)
@@ -75,7 +74,7 @@ class TaylorScorer:
             ops.set_recorder(key, None)
         self._handles.clear()
         self._arrived.clear()
-        _forget_compiled()
+        watch_hooks()
 
     def _enter(self, task):
         """Called within a backward pass, by its number; when it ends, what has arrived is added up. One that fails never ends."""
@@ -147,12 +146,6 @@ class TaylorScorer:
             if not s.isfinite().all():
                 raise FloatingPointError(f"the scores of {name!r} are not finite: the loss or its gradient was NaN or infinite")
         return scores
-
-
-def _forget_compiled():
-    """Compiled code does not look whether hooks have come or gone: what was compiled is made anew."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
 
 
 class _Gate:

@@ -965,6 +965,7 @@ def zeroed(model: nn.Module, graph: ChannelGraph, units: dict[str, torch.Tensor]
         for consumer, slots in graph.group(name).inputs.items():
             lost.setdefault(consumer, []).append(slots[indices].flatten())
     handles = []
+    watch_hooks()
     try:
         for consumer, indices in lost.items():
             layer = graph.layers[consumer]
@@ -975,6 +976,16 @@ def zeroed(model: nn.Module, graph: ChannelGraph, units: dict[str, torch.Tensor]
     finally:
         for handle in handles:
             handle.remove()
+        watch_hooks()
+
+
+def watch_hooks() -> None:
+    """Let compiled code look whether hooks have come or gone, which torch leaves out; what was compiled before is made anew.
+
+    Called before hooks come and after they went: torch.compile may have been loaded, and used, in between."""
+    if "torch._dynamo" in sys.modules and torch._dynamo.config.skip_nnmodule_hook_guards:
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
+        torch.compiler.reset()
 
 
 def _zeroing(mask, axis):
