@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import sys
 import warnings
 
 import models as nets
@@ -436,6 +437,53 @@ def test_a_hard_coded_channel_count_is_located_and_nothing_is_touched(net):
     assert named in lines
     assert nets.unchanged(before, model)
     assert str(optimizer.state_dict()) == str(state)
+
+
+class Moody(nn.Module):
+    """Fails where no data are: in the rehearsal, in which all is on the meta device, once it has been told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.mood = nets.small("depthwise"), None
+
+    def forward(self, x):
+        if self.mood is not None:
+            raise self.mood
+        return self.net(x)
+
+
+@pytest.mark.parametrize(
+    "mood", [KeyError("mood"), MemoryError("mood"), KeyboardInterrupt("mood")], ids=lambda e: type(e).__name__
+)
+def test_a_forward_that_fails_in_the_rehearsal_changes_nothing(mood):
+    model, x = Moody().eval(), nets.inputs()
+    plan = random_plan(trace(model, x), 0.5)
+    model.mood = mood
+    before = nets.snapshot(model)
+    with pytest.raises(KeyboardInterrupt if isinstance(mood, KeyboardInterrupt) else TraceError, match="mood"):
+        compact(model, plan)
+    assert nets.unchanged(before, model) and not model.net.training
+
+
+@pytest.mark.parametrize("stage", ["_attributes", "_optimizer_jobs", "rehearse", "_lost", "ops.compact_"])
+def test_an_exception_within_compact_changes_nothing(monkeypatch, stage):
+    model, optimizer, x, _ = trained("adam")
+    average, plan = AveragedModel(model), random_plan(trace(model, x), 0.5)
+    before, state = [nets.snapshot(m) for m in (model, average)], copy.deepcopy(optimizer.state_dict())
+
+    def fail(*_):
+        raise MemoryError("no more")
+
+    module = sys.modules["taylored.compact"]
+    owner, name = (module.ops, "compact_") if "." in stage else (module, stage)
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises(MemoryError, match="no more"):
+        compact(model, plan, optimizer=optimizer, also=average, keep_removed=True)
+    assert all(nets.unchanged(was, m) for was, m in zip(before, (model, average), strict=True))
+    assert str(optimizer.state_dict()) == str(state)
+    monkeypatch.undo()
+    compact(model, plan, optimizer=optimizer, also=average)
+    assert model(x).isfinite().all()
 
 
 class LiteralSlice(nn.Module):
