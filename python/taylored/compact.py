@@ -163,16 +163,18 @@ class _Work:
 
     def __init__(self, plan, model, optimizer, also, cut):
         model = unwrapped(model)
+        tensors = named_tensors(model)
         self.jobs: list[_Job] = []
         self.modules: list[tuple[str, nn.Module, dict[str, int]]] = []
         self.flat: list[tuple[torch.Tensor, list[_Job]]] = []
         copies = enumerate([also] if isinstance(also, (nn.Module, dict)) else also)
         twins = {"model": model, **{f"also[{n}]": _twin(copy, plan, f"also[{n}]") for n, copy in copies}}
         for what, twin in twins.items():
-            self.jobs += _jobs(plan, twin if isinstance(twin, dict) else named_tensors(twin), what, cut)
+            mine = tensors if twin is model else twin if isinstance(twin, dict) else named_tensors(twin)
+            self.jobs += _jobs(plan, mine, what, cut)
             if isinstance(twin, nn.Module):
                 self.modules += [(f"{what}: {name}", *found) for name, *found in _attributes(twin, plan)]
-        names = {id(t): name for name, t in named_tensors(model).items()}
+        names = {id(t): name for name, t in tensors.items()}
         self.optimizers = [] if optimizer is None else list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
         for number, opt in enumerate(self.optimizers):
             jobs, flat = _optimizer_jobs(plan, opt, names, f"optimizer[{number}]")
@@ -239,8 +241,8 @@ def _jobs(plan, tensors, what, cut) -> list[_Job]:
                 f"the plan does not fit {what}: {name!r} has shape {tuple(tensor.shape)}, the plan {wants} {expected}"
             )
         for d, indices in cuts[name].items():
-            ascending = len(indices) > 0 and bool((indices[1:] > indices[:-1]).all())
-            if not ascending or indices[0] < 0 or indices[-1] >= shape[d]:
+            i = indices.numpy()  # of hundreds of short vectors, three times as fast as with torch
+            if not len(i) or i[0] < 0 or i[-1] >= shape[d] or not (i[1:] > i[:-1]).all():
                 raise PlanError(f"the plan's keep[{name!r}, {d}] must be ascending indices below {shape[d]}")
         jobs.append(_job(f"{what}: {name}", name, tensor, cuts[name]))
         if tensor.grad is not None:
