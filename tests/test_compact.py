@@ -354,6 +354,16 @@ def test_moving_averages_go_on(use_buffers):
     assert average.eval()(x).isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "wrap", [lambda m: m, lambda m: torch.compile(m, backend="eager"), nn.DataParallel], ids=["plain", "compiled", "parallel"]
+)
+def test_the_average_of_a_wrapped_model_is_cut(wrap):
+    model, x = nets.small("chain"), nets.inputs()
+    average, plan = AveragedModel(wrap(model)), random_plan(trace(model, x), 0.5)
+    compact(wrap(model), plan, also=average)
+    assert torch.equal(average(x), model(x)) and average.n_averaged == 0
+
+
 def test_a_mapping_of_averages_is_cut():
     model, x = nets.small("chain"), nets.inputs()
     shadow = {n: p.detach().clone() for n, p in model.named_parameters()} | {n: b.clone() for n, b in model.named_buffers()}

@@ -66,8 +66,8 @@ def compact(
     """Remove a plan's units from the model, in place.
 
     optimizer: one torch.optim optimizer or a list; per-element state is compacted along with its parameter. also:
-    moving-average copies: modules with the same names (or that hold such a one as `.module`, like AveragedModel and
-    timm's ModelEma) or mappings from name to tensor. release: give the freed memory back, at the price of one copy;
+    moving-average copies: modules with the same names (or that hold such a one, like AveragedModel, timm's ModelEma and
+    the wrappers of torch) or mappings from name to tensor. release: give the freed memory back, at the price of one copy;
     otherwise each tensor keeps its old storage, of which it uses the front. keep_removed: return what was cut off, from
     which `restore` puts everything back.
 
@@ -241,7 +241,7 @@ def _jobs(plan, tensors, what, cut) -> list[_Job]:
                 f"the plan does not fit {what}: {name!r} has shape {tuple(tensor.shape)}, the plan {wants} {expected}"
             )
         for d, indices in cuts[name].items():
-            i = indices.numpy()  # of hundreds of short vectors, three times as fast as with torch
+            i = indices.cpu().numpy()  # of hundreds of short vectors, three times as fast as with torch
             if not len(i) or i[0] < 0 or i[-1] >= shape[d] or not (i[1:] > i[:-1]).all():
                 raise PlanError(f"the plan's keep[{name!r}, {d}] must be ascending indices below {shape[d]}")
         jobs.append(_job(f"{what}: {name}", name, tensor, cuts[name]))
@@ -261,9 +261,11 @@ def _twin(copy, plan, what):
     """The mapping, or the module that has the model's names: the copy itself or the one inside of it."""
     if not isinstance(copy, (nn.Module, dict)):
         raise TypeError(f"{what} must be a module or a mapping from name to tensor, got {type(copy).__name__}")
-    inside = getattr(copy, "module", None) if isinstance(copy, nn.Module) else None
-    if isinstance(inside, nn.Module) and not all(name in named_tensors(copy) for name in plan.shapes):
-        return inside
+    while isinstance(copy, nn.Module) and not plan.shapes.keys() <= named_tensors(copy).keys():
+        inside = getattr(copy, "module", getattr(copy, "_orig_mod", None))
+        if not isinstance(inside, nn.Module):
+            break
+        copy = inside
     return copy
 
 

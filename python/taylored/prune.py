@@ -202,13 +202,21 @@ def _train(model, batches, updates, loss_fn, optimizer, scheduler, device, title
                 raise ValueError(f"train_loader must yield (inputs, targets), got {type(batch).__name__}")
             inputs, targets = batch
             inputs, targets = _to(inputs, device), _to(targets, device)
-            loss = loss_fn(run_on(model, inputs), targets)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise FloatingPointError(f"{title}: the loss is {value} at update {number + 1}; the round is abandoned")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+
+            def closure(inputs=inputs, targets=targets, number=number):
+                loss = loss_fn(run_on(model, inputs), targets)
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    raise FloatingPointError(f"{title}: the loss is {value} at update {number + 1}; the round is abandoned")
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                return value
+
+            if isinstance(optimizer, torch.optim.LBFGS):  # it alone may ask for the loss several times
+                value = optimizer.step(closure)
+            else:
+                value = closure()
+                optimizer.step()
             if scheduler is not None:
                 scheduler.step()
             total += value
@@ -268,6 +276,8 @@ def _save(path, model, plan, history, optimizer, scheduler, settings):
         for key, value in entry.items():
             if isinstance(value, torch.Tensor):
                 tensors[f"optimizer/{index}/{key}"] = value
+            elif isinstance(value, list) and value and all(isinstance(v, torch.Tensor) for v in value):  # LBFGS's history
+                tensors |= {f"optimizer/{index}/{key}/{number}": v for number, v in enumerate(value)}
             elif _is_json(value):
                 plain.setdefault(str(index), {})[key] = value
     groups = [{k: v for k, v in group.items() if _is_json(v)} for group in state["param_groups"]]
@@ -296,8 +306,14 @@ def _resume(path, model, optimizer, scheduler, settings):
     state: dict[int, dict] = {int(i): dict(entry) for i, entry in extra["optimizer"]["state"].items()}
     for name, tensor in tensors.items():
         if name.startswith("optimizer/"):
-            _, index, key = name.split("/", 2)
-            state.setdefault(int(index), {})[key] = tensor
+            _, index, key, *number = name.split("/")
+            entry = state.setdefault(int(index), {})
+            if number:
+                entry.setdefault(key, {})[int(number[0])] = tensor
+            else:
+                entry[key] = tensor
+    for entry in state.values():
+        entry |= {key: [value[n] for n in sorted(value)] for key, value in entry.items() if isinstance(value, dict)}
     groups = [
         {**new, **{k: tuple(v) if isinstance(new.get(k), tuple) else v for k, v in old.items()}}
         for new, old in zip(optimizer.state_dict()["param_groups"], extra["optimizer"]["param_groups"], strict=True)
