@@ -217,25 +217,29 @@ def test_a_compiled_model_stays_compiled_through_many_cuts():
 class Checkpointed(nets.Depthwise):
     """Its middle is a segment of its own, so that a unit has consumers within it and without."""
 
-    reentrant = True
+    reentrant, nested = True, False
 
     def forward(self, x):
         x = self.stem(x).tanh()
-        y = checkpoint(self.middle, x, use_reentrant=self.reentrant)
+        y = checkpoint(self.outer if self.nested else self.middle, x, use_reentrant=self.reentrant)
         return self.head((x + checkpoint(self.project, y, use_reentrant=self.reentrant)).tanh().mean((2, 3)))
+
+    def outer(self, x):
+        return checkpoint(self.middle, x, use_reentrant=self.reentrant)
 
     def middle(self, x):
         y = self.norm(self.depthwise(self.expand(x).tanh())).tanh()
         return y * self.excite(self.squeeze(y.mean((2, 3), keepdim=True)).tanh()).sigmoid()
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["new", "reentrant"])
 @pytest.mark.parametrize("reduction", ["abs", "batch", "square"])
-def test_gradient_checkpointing_changes_no_score(reentrant, reduction):
+def test_gradient_checkpointing_changes_no_score(reentrant, reduction, nested):
     plain, x, y = nets.small("depthwise", dtype=torch.float64), nets.inputs(4, dtype=torch.float64), target(4)
     graph, model = trace(plain, x), Checkpointed().double().eval()
     model.load_state_dict(plain.state_dict())
-    model.reentrant = reentrant
+    model.reentrant, model.nested = reentrant, nested
     with TaylorScorer(model, graph, reduction=reduction) as scorer:
         for _ in range(2):
             (cross_entropy(model(x), y) + cross_entropy(model(x / 2), y)).backward()

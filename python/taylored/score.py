@@ -65,7 +65,7 @@ class TaylorScorer:
             device, key = module.weight.device, ops.gate_key(module)
             anchor, token = torch.zeros((), device=device, requires_grad=True), torch.zeros((), device=device)
             ops.set_recorder(key, functools.partial(self._record, name, self.graph.layers[name].axis))
-            self._handles.append((module.register_forward_pre_hook(_Gate(anchor, token, key, self._enter)), key))
+            self._handles.append((module.register_forward_pre_hook(_Gate(anchor, token, key, self._recomputed)), key))
         return self
 
     def __exit__(self, *exception):
@@ -76,18 +76,27 @@ class TaylorScorer:
         self._arrived.clear()
         watch_hooks()
 
-    def _enter(self, task):
+    def _begin(self, task):
         """Called within a backward pass, by its number; when it ends, what has arrived is added up. One that fails never ends."""
-        if task not in self._arrived:
-            self._arrived[task] = {}
-            torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._finish, task))
+        self._arrived[task] = {}
+        torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._finish, task))
+
+    def _recomputed(self) -> int:
+        """The backward pass within which a gate's forward runs, -1 if within none. Reentrant checkpointing runs a segment again,
+        forward and backward, and the latter is a pass of its own: what it contributes belongs to the outermost one."""
+        task = torch._C._current_graph_task_id()
+        if task == -1:
+            self._arrived.clear()  # nothing is under way, what is left has failed
+        elif not self._arrived:
+            self._begin(task)
+        return task if task in self._arrived else next(iter(self._arrived), -1)
 
     def _record(self, name, axis, x, g, task):
-        """task: the backward pass that ran the gate's forward, -1 if none did. Reentrant checkpointing runs a segment's forward
-        and its backward within the backward pass of the whole, the latter as a pass of its own."""
+        """task: what `_recomputed` said when the gate ran."""
         if task == -1:
             task = torch._C._current_graph_task_id()
-            self._enter(task)
+            if task not in self._arrived:
+                self._begin(task)
         t = ops.contribution(x.movedim(axis, 1), g.movedim(axis, 1))  # [N, C]
         self._arrived[task].setdefault(name, []).append(t)
 
@@ -151,17 +160,13 @@ class TaylorScorer:
 class _Gate:
     """The hook on a consumer. A copy of the model, pickled or not, gets a hook that does nothing: it is not being scored."""
 
-    def __init__(self, anchor, token, key, enter):
-        self.anchor, self.token, self.key, self.enter = anchor, token, key, enter
+    def __init__(self, anchor, token, key, recomputed):
+        self.anchor, self.token, self.key, self.recomputed = anchor, token, key, recomputed
 
     def __call__(self, _module, args):
         if not torch.is_grad_enabled():
             return None
-        task = -1
-        if not torch.compiler.is_compiling():
-            task = torch._C._current_graph_task_id()
-            if task != -1:
-                self.enter(task)
+        task = -1 if torch.compiler.is_compiling() else self.recomputed()
         return (ops.gate(args[0], self.anchor, self.token, self.key, task), *args[1:])
 
     def __reduce__(self):
