@@ -475,6 +475,31 @@ def test_a_forward_that_fails_in_the_rehearsal_changes_nothing(mood):
     assert nets.unchanged(before, model) and not model.net.training
 
 
+class Typed(nn.Module):
+    """Remembers the type that it was converted to."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.type_now = nets.small("chain"), torch.float32
+
+    def half(self):
+        self.type_now = torch.float16
+        return super().half()
+
+    def forward(self, x):
+        assert x.dtype == self.type_now
+        return self.net(x)
+
+
+def test_a_model_that_was_converted_since_its_trace_is_not_said_to_hard_code_a_count():
+    model, x = Typed().eval(), nets.inputs()
+    plan = random_plan(trace(model, x), 0.5)
+    with refused(model.half(), TraceError, r"'net.first.weight' changed its type since: trace it anew"):
+        compact(model, plan)
+    compact(model, random_plan(trace(model, x.half()), 0.5))
+    assert model.net.first.weight.shape[0] == 4
+
+
 @pytest.mark.parametrize("stage", ["_attributes", "_optimizer_jobs", "rehearse", "_lost", "ops.compact_"])
 def test_an_exception_within_compact_changes_nothing(monkeypatch, stage):
     model, optimizer, x, _ = trained("adam")

@@ -104,6 +104,19 @@ def test_the_history_tells_every_step():
     assert model.training
 
 
+def test_a_model_is_pruned_in_its_wrapper():
+    wrapped, plain, made = nets.small("residual").train(), nets.small("residual").train(), []
+
+    def wrap(model):
+        made.append(torch.compile(model, backend="aot_eager"))
+        return made[-1]
+
+    assert run(wrapped, wrap=wrap).plan == run(plain).plan
+    assert len(made) == 1 + 3  # at the start and after every cut
+    for name, t in wrapped.state_dict().items():
+        torch.testing.assert_close(t, plain.state_dict()[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_an_optimizer_with_a_closure_trains_as_by_hand():
     def make(p):
         return torch.optim.LBFGS(p, 0.1, max_iter=3, line_search_fn="strong_wolfe")

@@ -202,7 +202,7 @@ def test_a_scorer_that_pauses_compiles_nothing_anew():
 
 
 def test_a_compiled_model_stays_compiled_through_many_cuts():
-    model, x, y = nets.small("depthwise"), nets.inputs(4), target(4)
+    model, x, y = nets.small("chain"), nets.inputs(4), target(4)
     graph, (backend, graphs) = trace(model, x), counting()
     compiled = torch.compile(model, backend=backend)
     for n in range(1, 11):  # more than the versions of one function that torch keeps

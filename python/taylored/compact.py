@@ -93,7 +93,7 @@ def compact(
         if release:
             for job in work.jobs:
                 job.tensor.data = job.tensor.data.clone(memory_format=torch.preserve_format)
-    _outdate(parallel)
+        _outdate(parallel)
     return removed
 
 
@@ -122,7 +122,7 @@ def restore(model: nn.Module, removed: Removed, optimizer=None, also=()) -> None
             if restarted and isinstance(opt, torch.optim.LBFGS):
                 opt.state.clear()
         work.finish(removed.sizes)
-    _outdate(data_parallel(model))
+        _outdate(data_parallel(model))
 
 
 def _check_agreement(plan, parallel):
@@ -402,9 +402,9 @@ def rehearse(model: nn.Module, plan: PrunePlan) -> None:
             try:
                 outputs = run_pass(model, stand_ins, mode, traced.training, traced.args, traced.kwargs).outputs
             except TraceError as error:
-                raise TraceError(
-                    f"the model does not run with fewer channels (does its forward hard-code a channel count?): {error}"
-                ) from error
+                converted = [n for n, t in named_tensors(model).items() if t.dtype != graph.dtypes[n]]
+                why = f"{converted[0]!r} changed its type since: trace it anew" if converted else "is a channel count hard-coded?"
+                raise TraceError(f"the model does not run with fewer channels ({why}): {error}") from error
             if outputs != traced.outputs:
                 raise TraceError(
                     f"with fewer channels the model's outputs would change shape from {traced.outputs} to {outputs}: "

@@ -138,11 +138,8 @@ class TaylorScorer:
 
         Groups that no gradient reached (a head that only training mode runs) are left out. Raises RuntimeError if no
         backward pass was seen at all, FloatingPointError if a score is NaN or infinite."""
-        sums = [self._totals.get(g.name) for g in self.graph.groups]
         device = next(self.model.parameters()).device
-        sums = [
-            torch.zeros(g.units, dtype=torch.float64, device=device) if t is None else t for g, t in zip(self.graph.groups, sums)
-        ]
+        sums = [self._totals.get(g.name, torch.zeros(g.units, dtype=torch.float64)).to(device) for g in self.graph.groups]
         examples = [self._examples.get(g.name, 0) for g in self.graph.groups]
         everything = torch.cat([*sums, torch.tensor(examples, dtype=torch.float64, device=device)])
         if self._parallel is not None:
