@@ -7,17 +7,32 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc python -name
 # Threads that wait shall sleep: spinning, they stall each other wherever the cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test bench lint abi clean
+.PHONY: demo test sanitize bench static lint abi clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
 	$(BIN)/taylored prune --data digits --model small_vgg --weights none --target-flops 0.5 --out runs/demo
 
+test: export CMAKE_ARGS = -DCMAKE_COMPILE_WARNING_AS_ERROR=ON
 test: $(VENV)/installed $(VENV)/test-tools
 	$(BIN)/python -m pytest -q
 
+# Address and undefined-behaviour sanitizers over the CPU operators. The simulated CUDA kernels are always under the second;
+# for addresses, their own checker knows more.
+sanitize: $(VENV)/installed $(VENV)/test-tools
+	CMAKE_ARGS='-DTAYLORED_CUDA_OFF=sanitized -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -g1"' \
+		$(BIN)/pip install -q --no-build-isolation --no-deps --upgrade --target build/sanitized .
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		PYTHONPATH=build/sanitized $(BIN)/python -m pytest -q tests/test_ops.py
+	$(BIN)/python -m pytest -q tests/test_simt.py tests/test_cuda_kernels.py
+
 bench: $(VENV)/installed
-	for name in contribution compact_op training_step trace; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in contribution compact_op training_step trace cuda_kernels; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+# What the CUDA library's machine code says; no GPU needed.
+static: $(VENV)/installed
+	$(BIN)/pip install -q nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	$(BIN)/python benchmarks/cuda_static.py
 
 lint: $(VENV)/test-tools
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

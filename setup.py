@@ -7,6 +7,7 @@ symbol, so one wheel serves every later torch and CPython.
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -90,7 +91,8 @@ class CMakeBuild(build_ext):
         }
         # --fresh: torch's paths differ from one isolated build to the next, and must not stay in CMake's cache.
         configure = [cmake, "--fresh", "-G", "Ninja", "-S", ROOT, "-B", build]
-        subprocess.run([*configure, *(f"-D{name}={value}" for name, value in options.items())], check=True)
+        configure += [f"-D{name}={value}" for name, value in options.items()]
+        subprocess.run([*configure, *shlex.split(os.environ.get("CMAKE_ARGS", ""))], check=True)
         subprocess.run([cmake, "--build", build], check=True)
         subprocess.run([cmake, "--install", build, "--strip"], check=True)
 

@@ -7,6 +7,7 @@ bandwidth of three GPUs, beside the traffic of eager PyTorch. Predicted, not mea
 """
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
@@ -16,7 +17,8 @@ import sysconfig
 from collections import Counter
 from pathlib import Path
 
-# Of one multiprocessor: threads, registers, KiB of shared memory (NVIDIA's tuning guides). A block reserves 1 KiB.
+# Of one multiprocessor: threads, registers, KiB of shared memory (NVIDIA's tuning guides). The system takes 1 KiB of each block,
+# which the compiler counts from sm_90 on.
 LIMITS = {"sm_80": (2048, 65536, 164), "sm_90": (2048, 65536, 228), "sm_100": (2048, 65536, 228), "sm_120": (1536, 65536, 100)}
 THREADS = 256  # of every block
 BANDWIDTH = {"A100 80GB": 2039e9, "H100 SXM": 3350e9, "B200": 8000e9}  # bytes per second, from the data sheets
@@ -61,7 +63,7 @@ def occupancy(arch, registers, shared):
     """Resident threads over the most there can be."""
     threads, all_registers, kib = LIMITS[arch]
     per_block = -(-registers * 32 // 256) * 256 * (THREADS // 32)
-    blocks = min(threads // THREADS, all_registers // per_block, kib * 1024 // (shared + (1024 if arch == "sm_80" else 0) or 1))
+    blocks = min(threads // THREADS, all_registers // per_block, kib * 1024 // (shared + (1024 if arch == "sm_80" else 0)))
     return blocks * THREADS / threads
 
 
@@ -112,12 +114,12 @@ def row(op, shape, dtype, ours, eager):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = Path(__file__).parent.parent / "python/taylored/lib/libtaylored_cuda.so"
+    default = Path(importlib.util.find_spec("taylored").origin).parent / "lib/libtaylored_cuda.so"
     parser.add_argument("library", nargs="?", default=default, type=Path)
     parser.add_argument("--kernels", default="", metavar="WORD", help="only kernels with this in their name")
     options = parser.parse_args()
     if not options.library.exists():
-        sys.exit(f"{options.library} is not there: build in place with nvcc on the PATH (python setup.py build_ext --inplace)")
+        sys.exit(f"{options.library} is not there: install taylored where nvcc is on the PATH")
     report_kernels(options.library, options.kernels)
     report_times()
 

@@ -2,6 +2,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+
 namespace taylored {
 
 using torch::headeronly::ScalarType;
@@ -18,7 +20,14 @@ static void check_values(const Tensor& keep, int64_t size, size_t i, int64_t dim
                     count ? index[0] : 0, " to ", count ? index[count - 1] : 0);
 }
 
-void check_cut(const Tensor& x, std::vector<int64_t>& dims, std::vector<Tensor>& keep) {
+void check_cut(const std::vector<Tensor>& tensors, std::vector<int64_t>& dims, std::vector<Tensor>& keep) {
+    const Tensor& x = tensors[0];
+    const auto same = [](auto a, auto b) { return std::equal(a.begin(), a.end(), b.begin(), b.end()); };
+    for (const Tensor& one : tensors)
+        STD_TORCH_CHECK(
+            one.device() == x.device() && same(one.sizes(), x.sizes()) && same(one.strides(), x.strides()) &&
+                one.element_size() == x.element_size(),
+            "compact_many_: all tensors must have the device, shape, strides and element size of the first");
     STD_TORCH_CHECK(dims.size() == keep.size(), "compact_: dims has ", dims.size(), " entries and keep ",
                     keep.size(), ", expected one index vector per dimension");
     const int64_t rank = x.dim();

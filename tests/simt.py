@@ -19,6 +19,7 @@ SCHEDULES = ("ascending", "reverse", "random", "ahead", "behind")
 
 # Enough optimisation for kernels to touch memory as their source says and no more; line tables for the reports.
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+FLAGS += ["-fsanitize=undefined", "-fno-sanitize-recover=all"]
 # The instrumentation calls csrc/simt/simt.cpp: the sanitizer's own library is not linked.
 INSTRUMENTED = ["-fsanitize=thread", "--param=tsan-distinguish-volatile=1", "-fno-thread-jumps"]
 
@@ -62,13 +63,12 @@ def load(name):
     source, machine = SIMT / f"{name}.cpp", SIMT / "simt.cpp"
     headers = [*sorted(SIMT.glob("*.h")), *sorted((ROOT / "csrc").glob("*.h")), *sorted((ROOT / "csrc/cuda").glob("*.cuh"))]
     include = [f"-I{path}" for path in (SIMT, ROOT / "csrc/cuda", pybind11.get_include(), sysconfig.get_path("include"))]
-    flags = FLAGS + os.environ.get("SIMT_FLAGS", "").split()
     # The kernels' objects come first: of an inline function that both have, the linker keeps the instrumented one.
     objects = [
-        compile_once(f"{name}.o", ["g++", *flags, *INSTRUMENTED, *include, "-c", source], [source, *headers]),
-        compile_once("machine.o", ["g++", *flags, "-O2", "-c", machine], [machine, *headers]),
+        compile_once(f"{name}.o", ["g++", *FLAGS, *INSTRUMENTED, *include, "-c", source], [source, *headers]),
+        compile_once("machine.o", ["g++", *FLAGS, "-O2", "-c", machine], [machine, *headers]),
     ]
-    library = compile_once(f"{name}.so", ["g++", *flags, "-shared", *objects], objects)
+    library = compile_once(f"{name}.so", ["g++", *FLAGS, "-shared", *objects], objects)
     spec = importlib.util.spec_from_file_location(name, library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

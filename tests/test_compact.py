@@ -500,7 +500,7 @@ def test_a_model_that_was_converted_since_its_trace_is_not_said_to_hard_code_a_c
     assert model.net.first.weight.shape[0] == 4
 
 
-@pytest.mark.parametrize("stage", ["_attributes", "_optimizer_jobs", "rehearse", "_lost", "ops.compact_"])
+@pytest.mark.parametrize("stage", ["_attributes", "_optimizer_jobs", "rehearse", "_lost", "ops.compact_many_"])
 def test_an_exception_within_compact_changes_nothing(monkeypatch, stage):
     model, optimizer, x, _ = trained("adam")
     average, plan = AveragedModel(model), random_plan(trace(model, x), 0.5)
@@ -510,7 +510,7 @@ def test_an_exception_within_compact_changes_nothing(monkeypatch, stage):
         raise MemoryError("no more")
 
     module = sys.modules["taylored.compact"]
-    owner, name = (module.ops, "compact_") if "." in stage else (module, stage)
+    owner, name = (module.ops, "compact_many_") if "." in stage else (module, stage)
     monkeypatch.setattr(owner, name, fail)
     with pytest.raises(MemoryError, match="no more"):
         compact(model, plan, optimizer=optimizer, also=average, keep_removed=True)

@@ -16,7 +16,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "channels_last"]
 MAP_OPS = ["contribution", "relu_backward", "channel_statistics"]
 HOSTILE = [
-    {"schedule": schedule, "seed": seed, "resident_blocks": 1 + 2 * seed} for schedule in simt.SCHEDULES for seed in range(4)
+    {"schedule": schedule, "seed": seed, "resident_blocks": 1 + 2 * seed} for schedule in simt.SCHEDULES for seed in range(5)
 ]
 
 name = lambda value: str(value).removeprefix("torch.")  # noqa: E731

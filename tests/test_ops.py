@@ -93,6 +93,25 @@ def test_compaction_of_large_tensors_on_several_threads(shape):
     assert torch.equal(ops.compact_(x.clone(), keep), reference.compact(x, keep))
 
 
+@pytest.mark.parametrize("count", [0, 1, 3, 11])
+def test_compaction_of_many_equals_that_of_each(count):
+    tensors = [torch.randn(6, 5, 3, 3).to(memory_format=torch.channels_last) for _ in range(count)]
+    keep = {0: torch.tensor([0, 2, 5]), 1: torch.tensor([1, 4])}
+    expected = [reference.compact(x, keep) for x in tensors]
+    results = ops.compact_many_(tensors, keep)
+    assert [r.data_ptr() for r in results] == [x.data_ptr() for x in tensors]
+    assert len(results) == count and all(map(torch.equal, results, expected))
+
+
+@pytest.mark.parametrize("other", [torch.ones(5, 3), torch.ones(3, 4).T, torch.ones(4, 3, dtype=torch.float64)])
+def test_tensors_that_differ_are_refused_and_nothing_moves(other):
+    x = torch.arange(12.0).view(4, 3)
+    before = x.clone()
+    with pytest.raises(RuntimeError, match="compact_many_: all tensors must"):
+        ops.compact_many_([x, other], {0: torch.tensor([1])})
+    assert torch.equal(x, before)
+
+
 @pytest.mark.parametrize("keep", [{0: [3, 1]}, {0: [0, 0]}, {0: [0, 9]}, {0: [-1, 2]}])
 def test_bad_indices_are_refused_and_nothing_moves(keep):
     x = torch.randn(4, 3)
@@ -133,6 +152,8 @@ def test_opcheck(dtype):
         torch.library.opcheck(library.contribution.default, (a, a))
         torch.library.opcheck(library.relu_backward.default, (a.relu(), a))
         torch.library.opcheck(library.channel_statistics.default, (a,))
-        torch.library.opcheck(library.compact_.default, (a.clone(), [0, 1], [torch.tensor([1]), torch.tensor([0, 3])]))
+        cut = ([0, 1], [torch.tensor([1]), torch.tensor([0, 3])])
+        torch.library.opcheck(library.compact_.default, (a.clone(), *cut))
+        torch.library.opcheck(library.compact_many_.default, ([a.clone(), a.clone()], *cut))
     torch.library.opcheck(library.accumulate_.default, (torch.zeros(5), [torch.randn(2, 5)], 0, 1.0))
     torch.library.opcheck(library.record.default, (torch.zeros(()), x, x, -1, -1))

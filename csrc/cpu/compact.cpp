@@ -207,14 +207,17 @@ Rows make_rows(const std::vector<Level>& levels) {  // innermost first
     return rows;
 }
 
-void compact_(Tensor x, std::vector<int64_t> dims, std::vector<Tensor> keep) {
+void compact_many_(std::vector<Tensor> x, std::vector<int64_t> dims, std::vector<Tensor> keep) {
+    if (x.empty()) return;
     check_cut(x, dims, keep);
-    const std::vector<Level> levels = cut_levels(x, dims, keep);
-    if (!levels.empty()) make_rows(levels).move_all(static_cast<char*>(x.mutable_data_ptr()));
+    const std::vector<Level> levels = cut_levels(x[0], dims, keep);
+    if (levels.empty()) return;
+    const Rows rows = make_rows(levels);
+    for (const Tensor& one : x) rows.move_all(static_cast<char*>(one.mutable_data_ptr()));
 }
 
-void compact_many_(std::vector<Tensor> x, std::vector<int64_t> dims, std::vector<Tensor> keep) {
-    for (const Tensor& one : x) compact_(one, dims, keep);
+void compact_(Tensor x, std::vector<int64_t> dims, std::vector<Tensor> keep) {
+    compact_many_({x}, dims, keep);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(taylored, CPU, m) {

@@ -29,13 +29,7 @@ static __global__ void check_keep(const int64_t* keep, int64_t kept, int64_t siz
 static void compact_many_(std::vector<Tensor> x, std::vector<int64_t> dims, std::vector<Tensor> keep) {
     if (x.empty()) return;
     STD_TORCH_CHECK(x[0].is_cuda(), "compact_: x must be on the GPU, as another argument is");
-    const auto same = [](auto a, auto b) { return std::equal(a.begin(), a.end(), b.begin(), b.end()); };
-    for (const Tensor& one : x)
-        STD_TORCH_CHECK(
-            one.device() == x[0].device() && same(one.sizes(), x[0].sizes()) &&
-                same(one.strides(), x[0].strides()) && one.element_size() == x[0].element_size(),
-            "compact_many_: all tensors must have the device, shape, strides and element size of the first");
-    check_cut(x[0], dims, keep);
+    check_cut(x, dims, keep);
     const Launcher launch(x[0]);
     for (size_t i = 0; i < keep.size(); ++i) {
         if (!keep[i].is_cpu() && keep[i].numel() > 0)

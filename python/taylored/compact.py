@@ -85,8 +85,10 @@ def compact(
         rehearse(model, plan)
     removed = work.removed() if keep_removed else None
     with _uninterrupted(), torch.no_grad():
-        for job in work.jobs:
-            _replace(job.tensor, ops.compact_(job.tensor.data, job.dims))
+        for same in _alike(work.jobs):
+            cut = ops.compact_many_([job.tensor.data for job in same], same[0].dims)
+            for job, data in zip(same, cut, strict=True):
+                _replace(job.tensor, data)
         for tensor, stretches in work.flat:
             _compact_flat(tensor, stretches)
         work.finish({name: values for name, _, values in work.modules})
@@ -217,6 +219,16 @@ def _put_back(job, removed) -> torch.Tensor:
         x = whole if lost is None else whole.index_copy_(d, gone.to(x.device), lost[d].to(x))
     stride = removed.strides.get(job.name, ops.packed_strides(list(x.shape), job.tensor))
     return torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device).copy_(x)
+
+
+def _alike(jobs) -> list[list[_Job]]:
+    """Jobs that differ in nothing but values, such as a weight, its gradient and its momenta, together."""
+    together: dict[tuple, list] = {}
+    for job in jobs:
+        cut = tuple((d, id(indices)) for d, indices in job.dims.items())
+        key = (job.tensor.device, job.tensor.shape, job.tensor.stride(), job.tensor.element_size(), cut)
+        together.setdefault(key, []).append(job)
+    return list(together.values())
 
 
 def _replace(tensor, data):

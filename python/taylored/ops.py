@@ -87,7 +87,8 @@ def compact_(x: Tensor, keep: dict[int, Tensor]) -> Tensor:
 
 def compact_many_(x: list[Tensor], keep: dict[int, Tensor]) -> list[Tensor]:
     """`compact_` for tensors of one device, shape, strides and element size, such as a weight, its gradient and its
-    momenta: on the GPU, one launch for up to eight of them."""
+    momenta: on the GPU, one launch for up to eight of them. Raises RuntimeError, before anything is moved, where they differ.
+    """
     _ops.compact_many_.default(x, list(keep), list(keep.values()))
     return [_front(tensor, keep) for tensor in x]
 
