@@ -62,5 +62,5 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	touch $@
 
 $(VENV)/test-tools: $(VENV)/torch
-	$(BIN)/pip install -q pytest hypothesis expecttest ruff clang-format
+	$(BIN)/pip install -q pytest hypothesis expecttest onnx onnxruntime onnxscript ruff clang-format
 	touch $@

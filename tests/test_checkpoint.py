@@ -1,7 +1,9 @@
 """What is saved comes back; a file that is damaged, foreign or of another model is refused with the model untouched."""
 
 import copy
+import io
 import os
+import signal
 
 import models as nets
 import pytest
@@ -9,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from taylored import PlanError, checkpoint, compact, load, random_plan, save, trace
+from taylored import PlanError, checkpoint, compact, files, load, random_plan, save, trace
 from taylored.checkpoint import CheckpointError
 
 
@@ -70,35 +72,51 @@ def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
     assert torch.equal(fresh(x), model(x))
 
 
+class Tiny(nn.Sequential):
+    """As small as a net with something to prune can be, so that every byte of its file can be tried."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Conv2d(2, 1, 1))
+
+
+def tiny_file(path):
+    model = Tiny()
+    plan = random_plan(trace(model, torch.zeros(1, 1, 2, 2)), 0.5)
+    compact(model, plan)
+    save(path, model, plan)
+    return path.read_bytes()
+
+
+def accepted(path, data, model):
+    """Whether a file with that content is loaded; otherwise it must be refused by name."""
+    path.write_bytes(data)
+    try:
+        load(path, model)
+    except CheckpointError as error:
+        assert str(path) in str(error)
+        return False
+    return True
+
+
 def test_every_truncation_is_refused(tmp_path):
-    saved(tmp_path / "m")
-    data, fresh = (tmp_path / "m").read_bytes(), nets.small(seed=1)
+    data, fresh = tiny_file(tmp_path / "m"), Tiny()
     before = nets.snapshot(fresh)
-    for length in [*range(0, 24), *range(24, len(data), len(data) // 60), len(data) - 1]:
-        (tmp_path / "cut").write_bytes(data[:length])
-        with pytest.raises(CheckpointError):
-            load(tmp_path / "cut", fresh)
-    (tmp_path / "cut").write_bytes(data + b"x")
-    with pytest.raises(CheckpointError):
-        load(tmp_path / "cut", fresh)
+    assert not [n for n in range(len(data)) if accepted(tmp_path / "cut", data[:n], fresh)]
+    assert not accepted(tmp_path / "cut", data + b"x", fresh)
     assert nets.unchanged(before, fresh)
+    assert accepted(tmp_path / "cut", data, fresh)
 
 
-def test_every_flipped_bit_is_refused(tmp_path):
-    _model, _plan = saved(tmp_path / "m")
-    data, fresh = bytearray((tmp_path / "m").read_bytes()), nets.small(seed=1)
+def test_every_changed_byte_is_refused(tmp_path):
+    """At every position one bit, each in turn, and all eight."""
+    data, fresh = bytearray(tiny_file(tmp_path / "m")), Tiny()
     before, silent = nets.snapshot(fresh), []
-    header = 8 + int.from_bytes(data[:8], "little")
-    for place in [*range(0, header, 5), *range(header, len(data), 41), len(data) - 1]:
-        data[place] ^= 1 << place % 8
-        (tmp_path / "flip").write_bytes(data)
-        data[place] ^= 1 << place % 8
-        try:
-            load(tmp_path / "flip", fresh)
-            silent.append((place, bytes(data[max(0, place - 30) : place + 20])))
-            break
-        except CheckpointError:
-            continue
+    for place in range(len(data)):
+        for bits in (1 << place % 8, 255):
+            data[place] ^= bits
+            if accepted(tmp_path / "flip", data, fresh):
+                silent.append((place, bits))
+            data[place] ^= bits
     assert not silent
     assert nets.unchanged(before, fresh)
 
@@ -160,6 +178,47 @@ def test_a_failing_write_keeps_the_old_file(tmp_path, monkeypatch, call):
     with pytest.raises(OSError, match="no space"):
         saved(tmp_path / "m", seed=3)
     assert os.listdir(tmp_path) == ["m"] and (tmp_path / "m").read_bytes() == old
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("call", ["open", "write", "fsync", "replace"])
+def test_a_process_that_is_killed_while_it_saves_leaves_the_old_file(tmp_path, call, when):
+    """Killed for good, with nothing cleaned up, just before or just after a step of writing; or with half of it written."""
+    saved(tmp_path / "m")
+    old, model = (tmp_path / "m").read_bytes(), nets.small(seed=3)
+    plan = random_plan(trace(model, nets.inputs()), 0.5)
+    compact(model, plan)
+    child = os.fork()
+    if child == 0:
+        try:
+            kill_at(call, when)
+            save(tmp_path / "m", model, plan)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert ((tmp_path / "m").read_bytes() == old) == ((call, when) != ("replace", "after"))
+    load(tmp_path / "m", nets.small())
+
+
+def kill_at(call, when):
+    """Let this process die at a step of files.write_atomically."""
+
+    def fatal(*arguments):
+        if when == "after":
+            genuine(*arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    class Torn(io.FileIO):
+        def write(self, data):
+            super().write(data[: len(data) // 2] if when == "before" else data)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if call in ("open", "write"):
+        genuine = open
+        files.open = fatal if call == "open" else Torn
+    else:
+        genuine = getattr(os, call)
+        setattr(os, call, fatal)
 
 
 def test_saving_changes_no_model(tmp_path):

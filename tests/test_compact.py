@@ -4,6 +4,9 @@ small from the start; what cannot be cut is refused and left alone."""
 import contextlib
 import copy
 import dataclasses
+import functools
+import inspect
+import sys
 import warnings
 
 import models as nets
@@ -143,6 +146,8 @@ def test_a_compiled_model_is_cut_through_its_wrapper():
 
 # -- training goes on --------------------------------------------------------------------------------------------------
 
+FOREACH = ("SGD", "Adam", "AdamW", "Adamax", "Adadelta", "ASGD", "RMSprop", "Adagrad", "NAdam", "RAdam", "Rprop")
+FUSED = ("SGD", "Adam", "AdamW", "Adagrad")  # that run on a CPU
 OPTIMIZERS = {
     "momentum": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=1e-2),
     "adam": lambda p: torch.optim.Adam(p, 1e-2),
@@ -157,7 +162,16 @@ OPTIMIZERS = {
     "radam": lambda p: torch.optim.RAdam(p, 1e-2),
     "rprop": lambda p: torch.optim.Rprop(p, 1e-2),
     "lbfgs": lambda p: torch.optim.LBFGS(p, 0.1, max_iter=2, history_size=4),
+    "lbfgs_wolfe": lambda p: torch.optim.LBFGS(p, 0.5, max_iter=3, history_size=3, line_search_fn="strong_wolfe"),
+    **{f"{name}_foreach": functools.partial(getattr(torch.optim, name), lr=1e-2, foreach=True) for name in FOREACH},
+    **{f"{name}_fused": functools.partial(getattr(torch.optim, name), lr=1e-2, fused=True) for name in FUSED},
 }  # fmt: skip
+APART = {"Adafactor", "Muon", "SparseAdam", "Optimizer"}  # each has a test of its own; the last is their base
+
+
+def test_every_optimizer_of_torch_is_tried():
+    made = {type(make([nn.Parameter(torch.zeros(2, 2))])).__name__ for make in OPTIMIZERS.values()}
+    assert made | APART >= {name for name, value in vars(torch.optim).items() if inspect.isclass(value)}
 
 
 def cut(tensor, name, plan):
@@ -235,7 +249,7 @@ def test_training_goes_on_as_if_small_from_the_start(kind):
     reference = built_small(model, plan)
     other = OPTIMIZERS[kind](reference.parameters())
     names = [n for n, _ in model.named_parameters()]
-    other.load_state_dict(flat_state_of(optimizer, model, plan) if kind == "lbfgs" else state_of(optimizer, names, plan))
+    other.load_state_dict(flat_state_of(optimizer, model, plan) if kind.startswith("lbfgs") else state_of(optimizer, names, plan))
     compact(model, plan, optimizer=optimizer)
     for _ in range(2):
         step(model, optimizer, x, y), step(reference, other, x, y)
@@ -256,6 +270,43 @@ def test_adafactors_factored_state_is_cut():
             assert torch.equal(value, cut(before[name][key], name, plan) if value.ndim > 0 else before[name][key]), (name, key)
     step(model, optimizer, x, y)
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muons_state_is_cut():
+    model, x, y = nets.small("flatten", dtype=torch.float64).train(), nets.inputs(8, dtype=torch.float64), torch.arange(8) % 5
+    flat = [p for p in model.parameters() if p.ndim == 2]  # it takes matrices alone
+    optimizers = [
+        torch.optim.Muon(flat, 1e-2),
+        torch.optim.SGD([p for p in model.parameters() if p.ndim != 2], 1e-2, momentum=0.9),
+    ]
+    for _ in range(2):
+        optimizers[1].zero_grad()
+        step(model, optimizers[0], x, y)
+        optimizers[1].step()
+    plan = random_plan(trace(model, x, fully_connected=True), 0.5)
+    names = {p: n for n, p in model.named_parameters()}
+    expected = {p: cut(optimizers[0].state[p]["momentum_buffer"], names[p], plan) for p in flat}
+    compact(model, plan, optimizer=optimizers)
+    assert all(torch.equal(optimizers[0].state[p]["momentum_buffer"], expected[p]) for p in flat)
+    step(model, optimizers[0], x, y), optimizers[1].step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_sparse_adams_state_is_cut_and_sparse_gradients_are_refused():
+    model, x = nets.small("chain"), nets.inputs()
+    optimizer = torch.optim.SparseAdam(model.parameters(), 1e-2)
+    model(x).sum().backward()
+    for p in model.parameters():
+        p.grad = p.grad.to_sparse()
+    optimizer.step()
+    plan = random_plan(trace(model, x), 0.5)
+    with pytest.raises(PlanError, match=r"first\.weight\.grad.*sparse"):
+        compact(model, plan, optimizer=optimizer)
+    optimizer.zero_grad()
+    expected = {n: cut(optimizer.state[p]["exp_avg_sq"], n, plan) for n, p in model.named_parameters()}
+    compact(model, plan, optimizer=optimizer)
+    assert all(torch.equal(optimizer.state[p]["exp_avg_sq"], expected[n]) for n, p in model.named_parameters())
 
 
 def test_gradients_are_cut_with_their_weights():
@@ -301,6 +352,16 @@ def test_moving_averages_go_on(use_buffers):
     for name, p in average.module.named_parameters():
         torch.testing.assert_close(p, (expected[name] + model.get_parameter(name)) / 2, rtol=1e-9, atol=1e-12)
     assert average.eval()(x).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda m: m, lambda m: torch.compile(m, backend="eager"), nn.DataParallel], ids=["plain", "compiled", "parallel"]
+)
+def test_the_average_of_a_wrapped_model_is_cut(wrap):
+    model, x = nets.small("chain"), nets.inputs()
+    average, plan = AveragedModel(wrap(model)), random_plan(trace(model, x), 0.5)
+    compact(wrap(model), plan, also=average)
+    assert torch.equal(average(x), model(x)) and average.n_averaged == 0
 
 
 def test_a_mapping_of_averages_is_cut():
@@ -388,6 +449,78 @@ def test_a_hard_coded_channel_count_is_located_and_nothing_is_touched(net):
     assert str(optimizer.state_dict()) == str(state)
 
 
+class Moody(nn.Module):
+    """Fails where no data are: in the rehearsal, in which all is on the meta device, once it has been told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.mood = nets.small("depthwise"), None
+
+    def forward(self, x):
+        if self.mood is not None:
+            raise self.mood
+        return self.net(x)
+
+
+@pytest.mark.parametrize(
+    "mood", [KeyError("mood"), MemoryError("mood"), KeyboardInterrupt("mood")], ids=lambda e: type(e).__name__
+)
+def test_a_forward_that_fails_in_the_rehearsal_changes_nothing(mood):
+    model, x = Moody().eval(), nets.inputs()
+    plan = random_plan(trace(model, x), 0.5)
+    model.mood = mood
+    before = nets.snapshot(model)
+    with pytest.raises(KeyboardInterrupt if isinstance(mood, KeyboardInterrupt) else TraceError, match="mood"):
+        compact(model, plan)
+    assert nets.unchanged(before, model) and not model.net.training
+
+
+class Typed(nn.Module):
+    """Remembers the type that it was converted to."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.type_now = nets.small("chain"), torch.float32
+
+    def half(self):
+        self.type_now = torch.float16
+        return super().half()
+
+    def forward(self, x):
+        assert x.dtype == self.type_now
+        return self.net(x)
+
+
+def test_a_model_that_was_converted_since_its_trace_is_not_said_to_hard_code_a_count():
+    model, x = Typed().eval(), nets.inputs()
+    plan = random_plan(trace(model, x), 0.5)
+    with refused(model.half(), TraceError, r"'net.first.weight' changed its type since: trace it anew"):
+        compact(model, plan)
+    compact(model, random_plan(trace(model, x.half()), 0.5))
+    assert model.net.first.weight.shape[0] == 4
+
+
+@pytest.mark.parametrize("stage", ["_attributes", "_optimizer_jobs", "rehearse", "_lost", "ops.compact_many_"])
+def test_an_exception_within_compact_changes_nothing(monkeypatch, stage):
+    model, optimizer, x, _ = trained("adam")
+    average, plan = AveragedModel(model), random_plan(trace(model, x), 0.5)
+    before, state = [nets.snapshot(m) for m in (model, average)], copy.deepcopy(optimizer.state_dict())
+
+    def fail(*_):
+        raise MemoryError("no more")
+
+    module = sys.modules["taylored.compact"]
+    owner, name = (module.ops, "compact_many_") if "." in stage else (module, stage)
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises(MemoryError, match="no more"):
+        compact(model, plan, optimizer=optimizer, also=average, keep_removed=True)
+    assert all(nets.unchanged(was, m) for was, m in zip(before, (model, average), strict=True))
+    assert str(optimizer.state_dict()) == str(state)
+    monkeypatch.undo()
+    compact(model, plan, optimizer=optimizer, also=average)
+    assert model(x).isfinite().all()
+
+
 class LiteralSlice(nn.Module):
     def __init__(self):
         super().__init__()
@@ -470,6 +603,17 @@ def test_the_mask_goes_with_its_context():
         raise KeyError
     assert torch.equal(model(x), expected)
     assert nets.unchanged(before, model)
+
+
+def test_the_mask_reaches_compiled_code_and_leaves_it():
+    model, x = nets.small("depthwise"), nets.inputs()
+    graph = trace(model, x)
+    plan, compiled = random_plan(graph, 0.5), torch.compile(model, backend="eager")
+    with torch.no_grad(), torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):  # as torch comes
+        whole = compiled(x)
+        with masked(compiled, graph, plan):
+            assert torch.equal(compiled(x), model(x)) and not torch.equal(compiled(x), whole)
+        assert torch.equal(compiled(x), whole)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

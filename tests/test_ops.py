@@ -188,4 +188,4 @@ def test_opcheck(dtype):
     torch.library.opcheck(library.accumulate_.default, (torch.zeros(5), [torch.randn(2, 5)], 0, 1.0))
     for bias in (None, torch.ones(6)):
         torch.library.opcheck(library.sparse_conv.default, (torch.randn(2, 5, 4, 3), torch.randn(3, 5, 3, 6), bias))
-    torch.library.opcheck(library.record.default, (torch.zeros(()), x, x, -1))
+    torch.library.opcheck(library.record.default, (torch.zeros(()), x, x, -1, -1))

@@ -7,7 +7,7 @@ import models as nets
 import pytest
 import torch
 
-from taylored import PlanError, PrunePlan, compact, make_plan, random_plan, trace
+from taylored import PlanError, PrunePlan, compact, diff, make_plan, random_plan, trace
 
 
 def graph_of(name="depthwise", **options):
@@ -259,3 +259,68 @@ def test_planning_changes_no_scores():
     kept = {n: s.clone() for n, s in scores.items()}
     make_plan(graph, scores, target_flops=0.5)
     assert all(torch.equal(scores[n], kept[n]) for n in kept)
+
+
+def numbers(line):
+    return [int(word.replace(",", "")) for word in line.split() if word.replace(",", "").isdigit()]
+
+
+@pytest.mark.parametrize("name", nets.NETS)
+def test_the_summary_has_a_line_per_group_and_adds_up(name):
+    plan = random_plan(graph_of(name), 0.4)
+    header, *lines = plan.summary().splitlines()
+    assert header.split() == ["group", "units", "kept", "gone"]
+    rows = {line.split("  ")[0]: numbers(line) for line in lines}
+    assert {n: rows[n] for n in plan.units} == {n: [size, plan.kept[n]] for n, size in plan.units.items()}
+    assert rows["all groups"] == [sum(plan.units.values()), sum(plan.kept.values())]
+    assert (rows["parameters"], rows["FLOPs"]) == (list(plan.params), list(plan.flops))
+    assert pickle.loads(pickle.dumps(plan)).summary() == plan.summary()
+
+
+@pytest.mark.parametrize("name", nets.NETS)
+def test_the_difference_is_that_of_the_model(name):
+    model = nets.small(name)
+    plan = random_plan(trace(model, nets.inputs()), 0.4)
+    before, table = sum(p.numel() for p in model.parameters()), diff(model, plan)
+    compact(model, plan)
+    assert diff(model, plan) == table == diff(torch.compile(model), plan)
+    rows = {line.split()[0]: line for line in table.splitlines()[1:]}
+    assert numbers(rows.pop("all")) == [before, sum(p.numel() for p in model.parameters())]
+    changed = {n.rpartition(".")[0] for n, _ in model.named_parameters() if n in plan.shapes}
+    assert rows.keys() == changed
+    for prefix, line in rows.items():
+        module = model.get_submodule(prefix)
+        assert type(module).__name__ in line and numbers(line)[-1] == sum(p.numel() for p in module.parameters())
+        assert f"{'x'.join(map(str, module.weight.shape))} " in line
+
+
+def test_the_difference_to_another_model_is_refused():
+    model = nets.small("chain")
+    plan, other = random_plan(trace(model, nets.inputs()), 0.4), random_plan(trace(model, nets.inputs()), 0.8, seed=1)
+    for stranger in (nets.small("residual"), torch.nn.Linear(2, 2)):
+        with pytest.raises(PlanError, match="does not fit model"):
+            diff(stranger, plan)
+    compact(model, plan)
+    with pytest.raises(PlanError, match=r"does not fit model.*has shape"):
+        diff(model, other)
+
+
+def test_the_digest_tells_plans_apart():
+    graph = graph_of()
+    plan = random_plan(graph, 0.5, 3)
+    assert plan.digest == random_plan(graph, 0.5, 3).digest == pickle.loads(pickle.dumps(plan)).digest
+    others = [random_plan(graph, 0.5, 4), PrunePlan.of(graph, {}), random_plan(graph_of("chain"), 0.5)]
+    assert len({p.digest for p in [plan, *others]}) == 4
+
+
+def test_ten_rounds_compose_to_one():
+    x, rounds, once = nets.inputs(), nets.small("concatenation"), nets.small("concatenation")
+    graph = current = trace(rounds, x)
+    plan = PrunePlan.of(graph, {})
+    for number in range(10):
+        cut = make_plan(current, scores_of(current, number), remove_units=1)
+        compact(rounds, cut)
+        plan, current = plan.then(cut), current.after(cut.removed)
+    assert plan == PrunePlan.of(graph, plan.removed) and sum(map(len, plan.removed.values())) == 10
+    compact(once, plan)
+    assert all(torch.equal(t, once.state_dict()[n]) for n, t in rounds.state_dict().items())

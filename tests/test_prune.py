@@ -1,5 +1,7 @@
 """The loop meets its budget, resumes where it was cut off, and says what is wrong before anything changes."""
 
+import functools
+
 import models as nets
 import pytest
 import torch
@@ -102,6 +104,38 @@ def test_the_history_tells_every_step():
     assert model.training
 
 
+def test_a_model_is_pruned_in_its_wrapper():
+    wrapped, plain, made = nets.small("residual").train(), nets.small("residual").train(), []
+
+    def wrap(model):
+        made.append(torch.compile(model, backend="aot_eager"))
+        return made[-1]
+
+    assert run(wrapped, wrap=wrap).plan == run(plain).plan
+    assert len(made) == 1 + 3  # at the start and after every cut
+    for name, t in wrapped.state_dict().items():
+        torch.testing.assert_close(t, plain.state_dict()[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_an_optimizer_with_a_closure_trains_as_by_hand():
+    def make(p):
+        return torch.optim.LBFGS(p, 0.1, max_iter=3, line_search_fn="strong_wolfe")
+
+    def closure(x, y):
+        other.zero_grad()
+        loss = cross_entropy(reference(x), y)
+        loss.backward()
+        return loss
+
+    model, reference = nets.small("residual"), nets.small("residual")
+    other = make(reference.parameters())
+    run(model, make(model.parameters()), remove_units=0, rounds=1, final_epochs=0, freeze_statistics=True)
+    for x, y in data():
+        other.step(functools.partial(closure, x, y))
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_parameters_stay_the_same_objects():
     model = nets.small().train()
     parameters = list(model.parameters())
@@ -122,7 +156,15 @@ class Interrupt(Exception):
     pass
 
 
-@pytest.mark.parametrize("kind", [lambda p: torch.optim.SGD(p, 0.05, momentum=0.9), lambda p: torch.optim.Adam(p, 1e-2)])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda p: torch.optim.SGD(p, 0.05, momentum=0.9),
+        lambda p: torch.optim.Adam(p, 1e-2),
+        lambda p: torch.optim.LBFGS(p, 0.05, max_iter=2, history_size=3),
+    ],
+    ids=["sgd", "adam", "lbfgs"],
+)
 @pytest.mark.parametrize("stop", [1, 2, 4])
 def test_an_interrupted_run_resumes_to_the_same_end(tmp_path, kind, stop):
     def start(stop_after=None, **options):

@@ -2,13 +2,15 @@
 
 import copy
 import functools
+import pickle
 
 import models as nets
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
-from taylored import TaylorScorer, compact, random_plan, trace
+from taylored import TaylorScorer, compact, make_plan, random_plan, trace
 
 
 def target(n):
@@ -176,6 +178,87 @@ def test_a_compiled_model_scores_again_after_the_cut():
     compact(compiled, plan)
     after = graph.after(plan.removed)
     close(score(compiled, after, x, y, runner=compiled), score(model, after, x, y), rtol=1e-4, atol=1e-6)
+
+
+def counting():
+    """A backend that runs as it is what it is given, and a list that grows by every graph it is given."""
+    graphs = []
+    return lambda graph, _: graphs.append(graph) or graph.forward, graphs
+
+
+def test_a_scorer_that_pauses_compiles_nothing_anew():
+    model, x, y = nets.small("chain"), nets.inputs(4), target(4)
+    graph, (backend, graphs) = trace(model, x), counting()
+    compiled = torch.compile(model, backend=backend)
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):  # as torch comes
+        cross_entropy(compiled(x), y).backward()
+        scorer = TaylorScorer(model, graph)
+        for _ in range(4):
+            with scorer:
+                cross_entropy(compiled(x), y).backward()
+            cross_entropy(compiled(x), y).backward()
+    assert len(graphs) == 3  # before, with gates, and once more without
+    close(scorer.scores(), score(model, graph, x, y), rtol=1e-4, atol=1e-6)
+
+
+def test_a_compiled_model_stays_compiled_through_many_cuts():
+    model, x, y = nets.small("chain"), nets.inputs(4), target(4)
+    graph, (backend, graphs) = trace(model, x), counting()
+    compiled = torch.compile(model, backend=backend)
+    for n in range(1, 11):  # more than the versions of one function that torch keeps
+        scores = score(compiled, graph, x, y)
+        cross_entropy(compiled(x), y).backward()
+        assert len(graphs) == 2 * n
+        plan = make_plan(graph, scores, remove_units=1)
+        compact(compiled, plan)
+        graph = graph.after(plan.removed)
+
+
+class Checkpointed(nets.Depthwise):
+    """Its middle is a segment of its own, so that a unit has consumers within it and without."""
+
+    reentrant, nested = True, False
+
+    def forward(self, x):
+        x = self.stem(x).tanh()
+        y = checkpoint(self.outer if self.nested else self.middle, x, use_reentrant=self.reentrant)
+        return self.head((x + checkpoint(self.project, y, use_reentrant=self.reentrant)).tanh().mean((2, 3)))
+
+    def outer(self, x):
+        return checkpoint(self.middle, x, use_reentrant=self.reentrant)
+
+    def middle(self, x):
+        y = self.norm(self.depthwise(self.expand(x).tanh())).tanh()
+        return y * self.excite(self.squeeze(y.mean((2, 3), keepdim=True)).tanh()).sigmoid()
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["new", "reentrant"])
+@pytest.mark.parametrize("reduction", ["abs", "batch", "square"])
+def test_gradient_checkpointing_changes_no_score(reentrant, reduction, nested):
+    plain, x, y = nets.small("depthwise", dtype=torch.float64), nets.inputs(4, dtype=torch.float64), target(4)
+    graph, model = trace(plain, x), Checkpointed().double().eval()
+    model.load_state_dict(plain.state_dict())
+    model.reentrant, model.nested = reentrant, nested
+    with TaylorScorer(model, graph, reduction=reduction) as scorer:
+        for _ in range(2):
+            (cross_entropy(model(x), y) + cross_entropy(model(x / 2), y)).backward()
+    with TaylorScorer(plain, graph, reduction=reduction) as expected:
+        for _ in range(2):
+            (cross_entropy(plain(x), y) + cross_entropy(plain(x / 2), y)).backward()
+    close(scorer.scores(), expected.scores())
+
+
+def test_a_copy_made_while_scoring_is_not_scored():
+    model, x, y = nets.small("chain"), nets.inputs(4), target(4)
+    graph = trace(model, x)
+    expected = score(model, graph, x, y)
+    with TaylorScorer(model, graph) as scorer:
+        cross_entropy(model(x), y).backward()
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(copied(x), model(x))
+            cross_entropy(copied(2 * x), y).backward()
+    close(scorer.scores(), expected)
 
 
 def test_channels_last_scores_are_the_same():

@@ -1,14 +1,20 @@
 """Networks tailored by Taylor: find the channels a trained CNN does not need, remove them in place, retrain."""
 
+import torch
+
 from taylored import criteria
 from taylored.checkpoint import load, save
-from taylored.compact import compact, masked, rehearse
+from taylored.compact import Removed, compact, masked, rehearse, restore
 from taylored.criteria import spearman
+from taylored.export import export
 from taylored.oracle import oracle
-from taylored.plan import PlanError, PrunePlan, make_plan, random_plan
+from taylored.plan import PlanError, PrunePlan, diff, make_plan, random_plan
 from taylored.prune import PruneResult, prune
 from taylored.score import TaylorScorer
 from taylored.trace import ChannelGraph, Group, TraceError, trace
+
+# Plain values: torch.load(..., weights_only=True) may make them, and a checkpoint of one's own may hold them.
+torch.serialization.add_safe_globals([PrunePlan, Removed])
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,10 +23,13 @@ __all__ = [
     "PlanError",
     "PrunePlan",
     "PruneResult",
+    "Removed",
     "TaylorScorer",
     "TraceError",
     "compact",
     "criteria",
+    "diff",
+    "export",
     "load",
     "make_plan",
     "masked",
@@ -28,6 +37,7 @@ __all__ = [
     "prune",
     "random_plan",
     "rehearse",
+    "restore",
     "save",
     "spearman",
     "trace",

@@ -16,7 +16,7 @@ from torch import nn
 from taylored.compact import compact
 from taylored.files import digest, write_atomically
 from taylored.plan import PlanError, PrunePlan
-from taylored.trace import named_tensors
+from taylored.trace import named_tensors, unwrapped
 
 FORMAT = "taylored-1"
 
@@ -31,7 +31,7 @@ def save(path, model: nn.Module, plan: PrunePlan, *, extra: dict | None = None, 
     path: the file; its folder must exist. plan: against the original model (plans compose by `plan.then`). extra: JSON
     values and tensors: further tensors to keep along, both given back by `load`. Raises PlanError if the model does not
     have the shapes that the plan leaves."""
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     for name, tensor in named_tensors(model).items():
         if name in plan.shapes and tuple(tensor.shape) != plan.shape_after(name):
             raise PlanError(
@@ -75,7 +75,7 @@ def load(path, model: nn.Module):
 
 def load_all(path, model, accept=None):
     """As `load`; returns (plan, extra, extra tensors). accept(extra) may refuse the file, by an exception."""
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     state, plan, header = read(path)
     if accept is not None:
         accept(header["extra"])

@@ -1,5 +1,5 @@
 """The command: `taylored prune` takes a classifier and a folder of images, and leaves a smaller one and a report;
-`taylored rank` judges the criteria instead (rank.py).
+`taylored rank` judges the criteria instead (rank.py), `taylored export` writes what was pruned for other runtimes.
 
 `prune` is the walk-through of arXiv:1611.06440 end to end: fit the last layer to the classes, train, rank, prune and
 fine-tune in rounds, and measure what came of it. Everything it decides is an option; everything it writes lies in --out.
@@ -12,14 +12,16 @@ import json
 import math
 import platform
 import sys
+from pathlib import Path
 
 import torch
 from torch import nn
 
 import taylored
 from taylored import data, latency, report, zoo
-from taylored.checkpoint import CheckpointError
+from taylored.checkpoint import CheckpointError, load, read
 from taylored.criteria import CRITERIA
+from taylored.export import FORMATS, ExportError, export
 from taylored.files import write_atomically
 from taylored.job import (
     CHECKPOINT,
@@ -42,7 +44,7 @@ from taylored.rank import rank
 from taylored.trace import TraceError
 
 PRUNED, REPORT = "pruned.safetensors", "report.html"
-ERRORS = (data.DataError, zoo.ModelError, CheckpointError, PlanError, TraceError, FloatingPointError)
+ERRORS = (data.DataError, zoo.ModelError, CheckpointError, PlanError, TraceError, ExportError, FloatingPointError)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     _keep_freed_memory()
     try:
-        {"prune": prune, "rank": rank}[options.command](options)
+        {"prune": prune, "rank": rank, "export": export_file}[options.command](options)
     except (*ERRORS, OutError) as error:
         print(f"taylored: {_one_line(error)}", file=sys.stderr)
         return 2
@@ -98,6 +100,13 @@ def parser() -> argparse.ArgumentParser:
             "judge criteria of pruning by the oracle",
             "Measure what a classifier loses without each of its units, score the units by every criterion, and report which "
             "criteria agree with the measurement. Runs on several processes under torchrun.",
+        ),
+        (
+            "export",
+            _export_options,
+            "write a pruned model for ONNX or torch.export",
+            "Build the model that a file of taylored was pruned from, load the file into it, and write it for another runtime; "
+            "the written model is run and compared.",
         ),
     ):
         add(commands.add_parser(name, help=line, description=description, formatter_class=_Help))
@@ -176,6 +185,15 @@ def _rank_options(p) -> None:
         "--precision", choices=tuple(PRECISIONS), default="float32", help="of the oracle; bfloat16 is faster and approximate"
     )
     _machine(p)
+
+
+def _export_options(p) -> None:
+    p.add_argument("--pruned", required=True, metavar="FILE", help="what `taylored prune` or `taylored.save` wrote")
+    p.add_argument("--out", required=True, metavar="FILE", help=f"the file to write, ending in one of {', '.join(FORMATS)}")
+    p.add_argument("--model", metavar="NAME", help="as for prune (default: the one that the file names)")
+    p.add_argument("--classes", type=POSITIVE, metavar="N", help="that the model tells apart (default: as in the file)")
+    p.add_argument("--image-size", type=POSITIVE, metavar="N", help="side of the square the model sees (default: as in the file)")
+    p.add_argument("--batch", type=POSITIVE, metavar="N", help="images per batch, fixed (default: any number)")
 
 
 def _what_and_images(p) -> None:
@@ -291,6 +309,24 @@ def prune(options: argparse.Namespace) -> dict:
     print(f"\n{report.table(summary)}\n")
     print(f"report: {job.out / REPORT}\nmodel:  {job.out / PRUNED}")
     return summary
+
+
+def export_file(options: argparse.Namespace) -> None:
+    """Build, load, write, and say what was written."""
+    extra = read(options.pruned)[2]["extra"]
+    settings = extra.get("summary", extra).get("settings", {})
+    name = options.model or settings.get("model")
+    classes = options.classes or len(settings.get("classes", ()))
+    if not name or not classes:
+        raise CheckpointError(f"{options.pruned} does not say what model it was pruned from: give --model and --classes")
+    size, channels = options.image_size or settings.get("image_size"), settings.get("channels", 3)
+    network = zoo.build(name, "none", classes, channels=channels, image_size=size)
+    load(options.pruned, network.model)
+    example = torch.randn(options.batch or 2, network.channels, network.image_size, network.image_size)
+    difference = export(network.model, example, options.out, any_batch=options.batch is None)
+    shape = "x".join(map(str, (options.batch or "any", *example.shape[1:])))
+    checked = f"outputs within {difference:.1g} of the largest" if difference is not None else "not run: onnxruntime is missing"
+    print(f"{options.out}: images {shape}, {Path(options.out).stat().st_size / 1e6:.2f} MB; {checked}")
 
 
 def _planning(options) -> dict:

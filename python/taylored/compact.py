@@ -6,13 +6,15 @@ removing anything, by zeroing the units at their consumers: removal is zeroing, 
 """
 
 import contextlib
+import dataclasses
 import itertools
-import math
 import signal
+import sys
 import threading
 
 import numpy as np
 import torch
+from torch import distributed as dist
 from torch import nn
 
 from taylored import ops
@@ -23,10 +25,13 @@ from taylored.trace import (
     LabelMode,
     TraceError,
     check_fit,
+    complement,
+    data_parallel,
     line_at_fault,
     named_tensors,
     run_pass,
     slot_at,
+    unwrapped,
     zeroed,
 )
 
@@ -36,59 +41,194 @@ def masked(model: nn.Module, graph: ChannelGraph, plan: PrunePlan):
     return zeroed(model, graph, plan.removed)
 
 
-def compact(model: nn.Module, plan: PrunePlan, optimizer=None, also=(), *, release: bool = False) -> None:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Removed:
+    """What `compact(..., keep_removed=True)` cut off, for `restore`. A value: it can be copied, pickled and kept.
+
+    plan: the plan that was applied. lost: for every tensor that was cut ("model: conv.weight", "optimizer[0]: exp_avg of
+    conv.weight", ...) the slices taken out of each dimension, one dimension after the other. strides: what they were.
+    sizes: what modules said of their own sizes.
+    """
+
+    plan: PrunePlan
+    lost: dict[str, dict[int, torch.Tensor]]
+    strides: dict[str, tuple[int, ...]]
+    sizes: dict[str, dict[str, int]]
+
+    def __repr__(self):
+        size = sum(t.nbytes for slices in self.lost.values() for t in slices.values())
+        return f"Removed({self.plan!r}, {len(self.lost)} tensors, {size / 2**20:.1f} MiB)"
+
+
+def compact(
+    model: nn.Module, plan: PrunePlan, optimizer=None, also=(), *, release: bool = False, keep_removed: bool = False
+) -> Removed | None:
     """Remove a plan's units from the model, in place.
 
     optimizer: one torch.optim optimizer or a list; per-element state is compacted along with its parameter. also:
-    moving-average copies: modules with the same names (or that hold such a one as `.module`, like AveragedModel and
-    timm's ModelEma) or mappings from name to tensor. release: give the freed memory back, at the price of one copy;
-    otherwise each tensor keeps its old storage, of which it uses the front.
+    moving-average copies: modules with the same names (or that hold such a one, like AveragedModel, timm's ModelEma and
+    the wrappers of torch) or mappings from name to tensor. release: give the freed memory back, at the price of one copy;
+    otherwise each tensor keeps its old storage, of which it uses the front. keep_removed: return what was cut off, from
+    which `restore` puts everything back.
+
+    model: in its DistributedDataParallel wrapper every process calls this with the same plan (compared by digest), and wraps
+    the model again afterwards, `model = DistributedDataParallel(model.module)`, for its buckets have the old sizes.
 
     Everything is checked before anything is touched. Raises PlanError if the plan does not fit; TraceError if the model
     does not run with fewer channels, naming its line (a forward that hard-codes a channel count).
     """
-    model = getattr(model, "_orig_mod", model)
-    tensors = named_tensors(model)
-    jobs = _jobs(plan, tensors, "model")
-    attributes = _attributes(model, plan)
-    for number, copy in enumerate([also] if isinstance(also, (nn.Module, dict)) else also):
-        copy = _twin(copy, plan, number)
-        jobs += _jobs(plan, copy if isinstance(copy, dict) else named_tensors(copy), f"also[{number}]")
-        attributes += _attributes(copy, plan) if isinstance(copy, nn.Module) else []
-    names = {id(t): name for name, t in tensors.items()}
-    flat = []
-    optimizers = [] if optimizer is None else optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
-    for opt in optimizers:
-        more, segments = _optimizer_jobs(plan, opt, names)
-        jobs += more
-        flat += segments
+    parallel = data_parallel(model)
+    if parallel is not None:
+        _check_agreement(plan, parallel)
+    work = _Work(plan, model, optimizer, also, cut=False)
     if plan.graph is not None:
         rehearse(model, plan)
+    removed = work.removed() if keep_removed else None
     with _uninterrupted(), torch.no_grad():
-        for tensors, dims in _alike(jobs):
-            for tensor, data in zip(tensors, ops.compact_many_([t.data for t in tensors], dims), strict=True):
-                _replace(tensor, data)
-        for tensor, segments in flat:
-            _compact_flat(tensor, segments)
-        for opt in optimizers:
+        for same in _alike(work.jobs):
+            cut = ops.compact_many_([job.tensor.data for job in same], same[0].dims)
+            for job, data in zip(same, cut, strict=True):
+                _replace(job.tensor, data)
+        for tensor, stretches in work.flat:
+            _compact_flat(tensor, stretches)
+        work.finish({name: values for name, _, values in work.modules})
+        if release:
+            for job in work.jobs:
+                job.tensor.data = job.tensor.data.clone(memory_format=torch.preserve_format)
+        _outdate(parallel)
+    return removed
+
+
+def restore(model: nn.Module, removed: Removed, optimizer=None, also=()) -> None:
+    """Undo `removed = compact(model, plan, optimizer, also, keep_removed=True)`, given the same arguments.
+
+    What was cut off comes back as it was, what was kept stays as it is: all is exactly as before the cut if nothing was
+    trained in between. Gradients and optimizer state that are gone by now stay so; in those that are new the slices that
+    come back are zero. (LBFGS starts its history anew if it has stepped.) Several cuts are undone last one first.
+
+    Raises PlanError, with nothing touched, if the model is not as that cut left it, or an optimizer or average is missing.
+    """
+    work = _Work(removed.plan, model, optimizer, also, cut=True)
+    if missing := {name.partition(":")[0] for name in removed.lost} - work.given:
+        raise PlanError(f"{', '.join(sorted(missing))} was compacted with the model, but is not given to restore")
+    whole, restarted = [(job.tensor, _put_back(job, removed)) for job in work.jobs], False
+    for tensor, stretches in work.flat:
+        if any(job.name in removed.lost for job in stretches):
+            whole.append((tensor, torch.cat([_put_back(job, removed).flatten() for job in stretches])))
+        else:
+            restarted = True
+    with _uninterrupted(), torch.no_grad():
+        for tensor, data in whole:
+            _replace(tensor, data)
+        for opt in work.optimizers:
+            if restarted and isinstance(opt, torch.optim.LBFGS):
+                opt.state.clear()
+        work.finish(removed.sizes)
+        _outdate(data_parallel(model))
+
+
+def _check_agreement(plan, parallel):
+    """Every process must cut the same: one that did not would train another model, and the next reduction would hang or fail."""
+    digests = [None] * dist.get_world_size(parallel.process_group)
+    dist.all_gather_object(digests, plan.digest, group=parallel.process_group)
+    if len(set(digests)) > 1:
+        raise PlanError(f"the processes do not have the same plan: their digests are {digests}; nothing was changed")
+
+
+def _outdate(parallel):
+    """What was made for the old sizes: compiled code, of which torch keeps no more than a few versions and would give up, and
+    DistributedDataParallel's buckets."""
+
+    def refuse(_module, _args):
+        raise RuntimeError("the model was cut since it was wrapped: wrap it again, model = DistributedDataParallel(model.module)")
+
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+    if parallel is not None:
+        parallel.register_forward_pre_hook(refuse)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Job:
+    """A tensor, or a stretch of one, to be cut as the plan cuts `owner`. dims: dimension -> kept indices."""
+
+    name: str
+    owner: str
+    tensor: torch.Tensor
+    dims: dict[int, torch.Tensor]
+
+
+class _Work:
+    """All that goes with a plan: the model's tensors and gradients, its averages, the state of its optimizers.
+
+    cut: the plan was applied and is to be undone. To find it all is to check it all; nothing is changed."""
+
+    def __init__(self, plan, model, optimizer, also, cut):
+        model = unwrapped(model)
+        tensors = named_tensors(model)
+        self.jobs: list[_Job] = []
+        self.modules: list[tuple[str, nn.Module, dict[str, int]]] = []
+        self.flat: list[tuple[torch.Tensor, list[_Job]]] = []
+        copies = enumerate([also] if isinstance(also, (nn.Module, dict)) else also)
+        twins = {"model": model, **{f"also[{n}]": _twin(copy, plan, f"also[{n}]") for n, copy in copies}}
+        for what, twin in twins.items():
+            mine = tensors if twin is model else twin if isinstance(twin, dict) else named_tensors(twin)
+            self.jobs += _jobs(plan, mine, what, cut)
+            if isinstance(twin, nn.Module):
+                self.modules += [(f"{what}: {name}", *found) for name, *found in _attributes(twin, plan)]
+        names = {id(t): name for name, t in tensors.items()}
+        self.optimizers = [] if optimizer is None else list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+        for number, opt in enumerate(self.optimizers):
+            jobs, flat = _optimizer_jobs(plan, opt, names, f"optimizer[{number}]")
+            self.jobs += jobs
+            self.flat += flat
+        self.given = {*twins, *(f"optimizer[{n}]" for n in range(len(self.optimizers)))}
+        self.plan = plan
+
+    def removed(self) -> Removed:
+        jobs = [*self.jobs, *itertools.chain.from_iterable(stretches for _, stretches in self.flat)]
+        sizes = {name: {key: getattr(module, key) for key in values} for name, module, values in self.modules}
+        return Removed(self.plan, {job.name: _lost(job) for job in jobs}, {job.name: job.tensor.stride() for job in jobs}, sizes)
+
+    def finish(self, sizes):
+        """What is known of sizes besides the tensors themselves."""
+        for opt in self.optimizers:
             if isinstance(opt, torch.optim.LBFGS):
                 opt._numel_cache = None  # it remembers how many elements its parameters have
-        for module, values in attributes:
-            for name, value in values.items():
-                setattr(module, name, value)
-        if release:
-            for tensor, _ in jobs:
-                tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
+        for name, module, _ in self.modules:
+            for key, value in sizes[name].items():
+                setattr(module, key, value)
 
 
-def _alike(jobs):
-    """(tensors, dims): jobs that differ in nothing but values, such as a weight, its gradient and its momenta, are one."""
+def _lost(job) -> dict[int, torch.Tensor]:
+    x, lost = job.tensor.detach(), {}
+    for d, kept in job.dims.items():
+        lost[d] = x.index_select(d, complement(kept, x.shape[d]).to(x.device))
+        x = x.index_select(d, kept.to(x.device))
+    return lost
+
+
+def _put_back(job, removed) -> torch.Tensor:
+    """The whole tensor, in new memory: the inverse of `_lost` and the cut."""
+    x, lost = job.tensor.detach(), removed.lost.get(job.name)
+    dims = job.dims if lost is None else {d: removed.plan.keep[job.owner, d] for d in lost}
+    for d, kept in reversed(dims.items()):
+        gone = complement(kept, removed.plan.shapes[job.owner][d])
+        shape = [len(kept) + len(gone) if i == d else s for i, s in enumerate(x.shape)]
+        whole = x.new_zeros(shape).index_copy_(d, kept.to(x.device), x)
+        x = whole if lost is None else whole.index_copy_(d, gone.to(x.device), lost[d].to(x))
+    stride = removed.strides.get(job.name, ops.packed_strides(list(x.shape), job.tensor))
+    return torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device).copy_(x)
+
+
+def _alike(jobs) -> list[list[_Job]]:
+    """Jobs that differ in nothing but values, such as a weight, its gradient and its momenta, together."""
     together: dict[tuple, list] = {}
-    for tensor, dims in jobs:
-        cut = tuple((d, id(indices)) for d, indices in dims.items())
-        key = (tensor.device, tensor.shape, tensor.stride(), tensor.element_size(), cut)
-        together.setdefault(key, []).append((tensor, dims))
-    return [([tensor for tensor, _ in same], same[0][1]) for same in together.values()]
+    for job in jobs:
+        cut = tuple((d, id(indices)) for d, indices in job.dims.items())
+        key = (job.tensor.device, job.tensor.shape, job.tensor.stride(), job.tensor.element_size(), cut)
+        together.setdefault(key, []).append(job)
+    return list(together.values())
 
 
 def _replace(tensor, data):
@@ -100,83 +240,92 @@ def _replace(tensor, data):
     tensor.data = data
 
 
-def _jobs(plan, tensors, what) -> list[tuple[torch.Tensor, dict[int, torch.Tensor]]]:
-    """(tensor, {dimension: kept indices}) for everything the plan touches, checked."""
+def _jobs(plan, tensors, what, cut) -> list[_Job]:
+    """What the plan changes of a model's tensors and their gradients, checked."""
     jobs, cuts = [], plan.cuts
     for name, shape in plan.shapes.items():
         if name not in tensors:
             raise PlanError(f"the plan does not fit {what}: it has no tensor {name!r}")
-        tensor = tensors[name]
-        if tuple(tensor.shape) != shape:
-            raise PlanError(f"the plan does not fit {what}: {name!r} has shape {tuple(tensor.shape)}, the plan expects {shape}")
-        dims = cuts[name]
-        for d, indices in dims.items():
-            ascending = len(indices) > 0 and bool((indices[1:] > indices[:-1]).all())
-            if not ascending or indices[0] < 0 or indices[-1] >= shape[d]:
+        tensor, expected = tensors[name], plan.shape_after(name) if cut else shape
+        if tuple(tensor.shape) != expected:
+            wants = "leaves" if cut else "expects"
+            raise PlanError(
+                f"the plan does not fit {what}: {name!r} has shape {tuple(tensor.shape)}, the plan {wants} {expected}"
+            )
+        for d, indices in cuts[name].items():
+            i = indices.cpu().numpy()  # of hundreds of short vectors, three times as fast as with torch
+            if not len(i) or i[0] < 0 or i[-1] >= shape[d] or not (i[1:] > i[:-1]).all():
                 raise PlanError(f"the plan's keep[{name!r}, {d}] must be ascending indices below {shape[d]}")
-        jobs.append((_compactable(tensor, name, what), dims))
+        jobs.append(_job(f"{what}: {name}", name, tensor, cuts[name]))
         if tensor.grad is not None:
-            jobs.append((_compactable(tensor.grad, f"{name}.grad", what), dims))
+            jobs.append(_job(f"{what}: {name}.grad", name, tensor.grad, cuts[name]))
     return jobs
 
 
-def _compactable(tensor, name, what):
-    if not ops.is_dense(tensor):
-        raise PlanError(f"{what}: {name!r} has gaps or overlaps in memory (strides {tensor.stride()}); make it contiguous first")
-    return tensor
+def _job(name, owner, tensor, dims) -> _Job:
+    if tensor.layout != torch.strided or not ops.is_dense(tensor):
+        strides = f"strides {tensor.stride()}" if tensor.layout == torch.strided else str(tensor.layout)
+        raise PlanError(f"{name!r} has gaps or overlaps in memory ({strides}); make it contiguous first")
+    return _Job(name, owner, tensor, dims)
 
 
-def _twin(copy, plan, number):
+def _twin(copy, plan, what):
     """The mapping, or the module that has the model's names: the copy itself or the one inside of it."""
     if not isinstance(copy, (nn.Module, dict)):
-        raise TypeError(f"also[{number}] must be a module or a mapping from name to tensor, got {type(copy).__name__}")
-    inside = getattr(copy, "module", None) if isinstance(copy, nn.Module) else None
-    if isinstance(inside, nn.Module) and not all(name in named_tensors(copy) for name in plan.shapes):
-        return inside
+        raise TypeError(f"{what} must be a module or a mapping from name to tensor, got {type(copy).__name__}")
+    while isinstance(copy, nn.Module) and not plan.shapes.keys() <= named_tensors(copy).keys():
+        inside = getattr(copy, "module", getattr(copy, "_orig_mod", None))
+        if not isinstance(inside, nn.Module):
+            break
+        copy = inside
     return copy
 
 
-def _optimizer_jobs(plan, optimizer, names):
-    """State that has a parameter's shape, or that shape with some dimensions reduced to 1 (Adafactor's)."""
+def _optimizer_jobs(plan, optimizer, names, what):
+    """State that has a parameter's shape, or that shape with some dimensions reduced to 1 (Adafactor's); and LBFGS's vectors,
+    with the stretch that each parameter has in them."""
     jobs, flat = [], []
     cuts, parameters = plan.cuts, [p for group in optimizer.param_groups for p in group["params"]]
     if not any(id(p) in names for p in parameters):
         raise PlanError("optimizer has none of the model's parameters: was it made for another model?")
-    dims_of = {p: cuts.get(names.get(id(p)), {}) for p in parameters}
     if isinstance(optimizer, torch.optim.LBFGS):
-        segments = [(tuple(p.shape), dims) for p, dims in dims_of.items()]
-        total = sum(p.numel() for p in parameters)
-        for value in itertools.chain.from_iterable(state.values() for state in optimizer.state.values()):
-            for tensor in value if isinstance(value, list) else [value]:
-                if isinstance(tensor, torch.Tensor) and tensor.numel() == total:
-                    flat.append((tensor, segments))
+        sizes = [p.numel() for p in parameters]
+        for state in optimizer.state.values():
+            for key, value in state.items():
+                for number, tensor in enumerate(value if isinstance(value, list) else [value]):
+                    if isinstance(tensor, torch.Tensor) and tensor.numel() == sum(sizes):
+                        flat.append((tensor, stretches := []))
+                        title = f"{what}: {key}[{number}] of step {state['n_iter']}"
+                        for p, stretch in zip(parameters, tensor.detach().split(sizes), strict=True):
+                            name = names.get(id(p), "")
+                            stretches.append(_Job(f"{title}, {name}", name, stretch.view(p.shape), cuts.get(name, {})))
         return jobs, flat
-    for p, dims in dims_of.items():
-        for key, value in optimizer.state.get(p, {}).items():
-            if dims and isinstance(value, torch.Tensor) and value.ndim == p.ndim:
+    for p in parameters:
+        name = names.get(id(p))
+        for key, value in optimizer.state.get(p, {}).items() if name in cuts else ():
+            if isinstance(value, torch.Tensor) and value.ndim == p.ndim:
                 fits = all(v in (s, 1) for v, s in zip(value.shape, p.shape, strict=True))
-                mine = {d: indices for d, indices in dims.items() if value.shape[d] == p.shape[d]}
+                mine = {d: indices for d, indices in cuts[name].items() if value.shape[d] == p.shape[d]}
                 if fits and mine:
-                    jobs.append((_compactable(value, f"{key} of {names[id(p)]}", "optimizer"), mine))
+                    jobs.append(_job(f"{what}: {key} of {name}", name, value, mine))
     return jobs, flat
 
 
-def _compact_flat(tensor, segments, chunk=1 << 17):
+def _compact_flat(tensor, stretches, chunk=1 << 17):
     """LBFGS keeps all parameters end to end in one vector: compact each stretch, then close the gaps."""
     source = target = 0
-    for shape, dims in segments:
-        stretch = tensor.data[source : source + math.prod(shape)]
-        kept = ops.compact_(stretch.view(shape), dims).numel() if dims else stretch.numel()
+    for job in stretches:
+        kept = ops.compact_(job.tensor, job.dims).numel() if job.dims else job.tensor.numel()
         for start in range(0, kept, chunk):
             stop = min(start + chunk, kept)
             tensor.data[target + start : target + stop] = tensor.data[source + start : source + stop].clone()
-        source += stretch.numel()
+        source += job.tensor.numel()
         target += kept
     tensor.data = tensor.data[:target]
 
 
-def _attributes(model, plan) -> list[tuple[nn.Module, dict[str, int]]]:
-    """What modules say about their own sizes, as it will be."""
+def _attributes(model, plan) -> list[tuple[str, nn.Module, dict[str, int]]]:
+    """What modules say about their own sizes, as it will be, by their names."""
     found = []
     for prefix, module in model.named_modules():
         names = (f"{prefix}.{local}" if prefix else local for local in ("weight", "running_mean"))
@@ -198,7 +347,7 @@ def _attributes(model, plan) -> list[tuple[nn.Module, dict[str, int]]]:
             values = {"num_parameters": new[0]}
         else:
             continue
-        found.append((module, values))
+        found.append((prefix, module, values))
     return found
 
 
@@ -233,7 +382,7 @@ def rehearse(model: nn.Module, plan: PrunePlan) -> None:
     """Run the planned model on the meta device: shapes, labels and FLOPs must come out as planned. Changes nothing.
 
     Raises TraceError with the file and line of the forward that does not follow its input's number of channels."""
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     graph = plan.graph
     try:
         check_fit(graph, model)
@@ -241,9 +390,9 @@ def rehearse(model: nn.Module, plan: PrunePlan) -> None:
         raise PlanError(f"the plan does not fit model: {error}") from error
     after = graph.after(plan.removed)
     attributes = _attributes(model, plan)
-    before = [(module, {name: getattr(module, name) for name in values}) for module, values in attributes]
+    before = [(module, {name: getattr(module, name) for name in values}) for _, module, values in attributes]
     try:
-        for module, values in attributes:
+        for _, module, values in attributes:
             module.__dict__.update(values)
         # A dimension of size 1 carries no labels: where a single channel is left, shapes and FLOPs alone are compared.
         labelled = all(len(c) > 1 for c in after.components.values())
@@ -265,9 +414,9 @@ def rehearse(model: nn.Module, plan: PrunePlan) -> None:
             try:
                 outputs = run_pass(model, stand_ins, mode, traced.training, traced.args, traced.kwargs).outputs
             except TraceError as error:
-                raise TraceError(
-                    f"the model does not run with fewer channels (does its forward hard-code a channel count?): {error}"
-                ) from error
+                converted = [n for n, t in named_tensors(model).items() if t.dtype != graph.dtypes[n]]
+                why = f"{converted[0]!r} changed its type since: trace it anew" if converted else "is a channel count hard-coded?"
+                raise TraceError(f"the model does not run with fewer channels ({why}): {error}") from error
             if outputs != traced.outputs:
                 raise TraceError(
                     f"with fewer channels the model's outputs would change shape from {traced.outputs} to {outputs}: "

@@ -86,6 +86,7 @@ def _settings(options, source, network) -> dict:
     scratch = options.weights == "none"
     filled = {
         "image_size": network.image_size,
+        "channels": network.channels,
         "mean": options.mean or network.mean or pixels[0],
         "std": options.std or network.std or pixels[1],
     }

@@ -169,7 +169,7 @@ def _sum_dtype(x):
 
 # -- the gate ----------------------------------------------------------------------------------------------------------
 
-Recorder = Callable[[Tensor, Tensor], None]
+Recorder = Callable[[Tensor, Tensor, int], None]
 _recorders: dict[int, Recorder] = {}
 _keys: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()
 _counter = itertools.count()
@@ -183,7 +183,7 @@ def gate_key(module: nn.Module) -> int:
 
 
 def set_recorder(key: int, recorder: Recorder | None) -> None:
-    """What the gates with this key do with (input, gradient) in the backward pass; None: nothing."""
+    """What the gates with this key do with (input, gradient, task) in the backward pass; None: nothing."""
     if recorder is None:
         _recorders.pop(key, None)
     else:
@@ -191,33 +191,34 @@ def set_recorder(key: int, recorder: Recorder | None) -> None:
 
 
 @torch.library.custom_op("taylored::record", mutates_args=("token",))
-def _record(token: Tensor, x: Tensor, g: Tensor, key: int) -> None:
+def _record(token: Tensor, x: Tensor, g: Tensor, key: int, task: int) -> None:
     # The token is never written: declaring it mutated keeps the call in compiled graphs, where it would look unused.
     if key in _recorders:
-        _recorders[key](x, g)
+        _recorders[key](x, g, task)
 
 
 @_record.register_fake
-def _(token, x, g, key):
+def _(token, x, g, key, task):
     return None
 
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, anchor, token, key):
+    def forward(ctx, x, anchor, token, key, task):
         ctx.save_for_backward(x)
-        ctx.token, ctx.key = token, key  # not saved: gates that share a token all declare to change it
+        ctx.token, ctx.key, ctx.task = token, key, task  # not saved: gates that share a token all declare to change it
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, g):
         (x,) = ctx.saved_tensors
-        torch.ops.taylored.record(ctx.token, x, g, ctx.key)
-        return g, None, None, None
+        torch.ops.taylored.record(ctx.token, x, g, ctx.key, ctx.task)
+        return g, None, None, None, None
 
 
-def gate(x: Tensor, anchor: Tensor, token: Tensor, key: int) -> Tensor:
-    """Identity whose backward hands (x, gradient) to the recorder of `key`. Copies nothing: x is a consumer's input,
+def gate(x: Tensor, anchor: Tensor, token: Tensor, key: int, task: int = -1) -> Tensor:
+    """Identity whose backward hands (x, gradient, task) to the recorder of `key`. Copies nothing: x is a consumer's input,
     which its weight's gradient needs anyway. anchor: a scalar that requires a gradient, so that the gate is reached even
-    where all weights before it are frozen; token: a scalar that does not."""
-    return _Gate.apply(x, anchor, token, key)
+    where all weights before it are frozen; token: a scalar that does not; task: the backward pass
+    that is going on, or -1."""
+    return _Gate.apply(x, anchor, token, key, task)

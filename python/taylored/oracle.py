@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from taylored import ops
 from taylored.files import digest, write_atomically
-from taylored.trace import ChannelGraph, Group, as_arguments, count_examples, in_mode, run_on, twice, zeroed
+from taylored.trace import ChannelGraph, Group, as_arguments, count_examples, in_mode, run_on, twice, unwrapped, zeroed
 
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
@@ -90,7 +90,7 @@ def oracle(
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {list(PRECISIONS)}, got {precision!r}")
     budget = parse_memory(memory)
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     chosen = _chosen(graph, units)
     with in_mode(model, training=False), torch.inference_mode():
         first = next(iter(batches), None)

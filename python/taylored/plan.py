@@ -6,13 +6,15 @@ arXiv:1611.06440, section 2.2 (normalisation, equation 8; FLOPs regularisation, 
 """
 
 import dataclasses
+import json
 import math
 
 import numpy as np
 import torch
 from torch import nn
 
-from taylored.trace import FIXED, ChannelGraph, complement
+from taylored.files import digest
+from taylored.trace import FIXED, ChannelGraph, complement, named_tensors, unwrapped
 
 NORMS = {
     "none": lambda s: torch.ones((), dtype=s.dtype),
@@ -117,6 +119,23 @@ class PrunePlan:
         """Group name -> number of units left."""
         return {name: size - len(self.removed.get(name, ())) for name, size in self.units.items()}
 
+    def summary(self) -> str:
+        """A table: every group's units before and after, the share of them that goes, and what that does to the model."""
+        rows = [(name, size, self.kept[name], f"{1 - self.kept[name] / size:.1%}") for name, size in self.units.items()]
+        for name, (before, after) in (
+            ("all groups", (sum(self.units.values()), sum(self.kept.values()))),
+            ("parameters", self.params),
+            ("FLOPs", self.flops),
+        ):
+            rows.append((name, before, after, f"{1 - after / max(before, 1):.1%}"))
+        return _table(("group", "units", "kept", "gone"), rows)
+
+    @property
+    def digest(self) -> str:
+        """A short name of what the plan does: equal plans have equal ones, on every machine."""
+        text = json.dumps([self.units, self.shapes], sort_keys=True)
+        return digest(text, {**{f"{d} {name}": k for (name, d), k in self.keep.items()}, **self.removed})
+
     def __eq__(self, other):
         def same(a, b):
             return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -140,6 +159,40 @@ class PrunePlan:
             f"PrunePlan(removes {gone} of {total} units in {len(self.removed)} groups: "
             f"{flops:.4g} -> {flops_after:.4g} FLOPs, {params:,} -> {params_after:,} parameters)"
         )
+
+
+def diff(model: nn.Module, plan: PrunePlan) -> str:
+    """A table: the shape of every module's weight before and after the plan, and the parameters of both.
+
+    model: as it was before the plan or as the plan leaves it. Raises PlanError if it is neither."""
+    model = unwrapped(model)
+    there = {name: tuple(t.shape) for name, t in named_tensors(model).items()}
+    before = {**there, **plan.shapes}
+    after = {**there, **{name: plan.shape_after(name) for name in plan.shapes}}
+    if there not in (before, after):
+        name = next(n for n in plan.shapes if there.get(n) != after[n])
+        sizes = f"{there.get(name)}, not {before[name]} or {after[name]}"
+        raise PlanError(f"the plan does not fit model, neither before nor after: {name!r} has shape {sizes}")
+    rows, totals = [], [0, 0]
+    for prefix, module in model.named_modules():
+        names = [name for name in (f"{prefix}.{local}".lstrip(".") for local in module._parameters) if name in there]
+        counts = [sum(math.prod(shapes[name]) for name in names) for shapes in (before, after)]
+        totals = [total + count for total, count in zip(totals, counts)]
+        if any(name in plan.shapes for name in names):
+            largest = max(names, key=lambda name: math.prod(before[name]))
+            weights = ("x".join(map(str, shapes[largest])) for shapes in (before, after))
+            rows.append((prefix or "the model", type(module).__name__, *weights, *(f"{count:,}" for count in counts)))
+    rows.append(("all", type(model).__name__, "", "", *(f"{total:,}" for total in totals)))
+    return _table(("module", "type", "weight before", "after", "parameters before", "after"), rows)
+
+
+def _table(header, rows) -> str:
+    """Columns as wide as what is in them; what begins with a digit stands to the right."""
+    rows = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    right = [all(row[i][:1].isdigit() or not row[i] for row in rows[1:]) for i in range(len(header))]
+    lines = ("  ".join(f"{c:>{w}}" if r else f"{c:{w}}" for c, w, r in zip(row, widths, right)).rstrip() for row in rows)
+    return "\n".join(lines)
 
 
 class Price:

@@ -21,7 +21,7 @@ from taylored.checkpoint import CheckpointError, difference, load_all, save
 from taylored.compact import compact, rehearse
 from taylored.plan import PrunePlan, make_plan, named_entries
 from taylored.score import TaylorScorer
-from taylored.trace import ChannelGraph, in_mode, run_on, trace
+from taylored.trace import ChannelGraph, data_parallel, in_mode, run_on, trace
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,6 +62,7 @@ def prune(
     freeze_statistics: bool = False,
     checkpoint: str | os.PathLike | None = None,
     resume: bool = False,
+    wrap: Callable[[nn.Module], nn.Module] | None = None,
     log: Callable[[dict], None] | None = None,
     progress: bool = True,
 ) -> PruneResult:
@@ -76,8 +77,10 @@ def prune(
     flops_weight, round_to, min_units, max_ratio, ignore: as for `make_plan`; reduction: as for `TaylorScorer`; also: as
     for `compact`. freeze_statistics: batch norm uses its running statistics while it trains and leaves them as they are,
     its weight and bias learn on: for fine-tuning on data too few to estimate statistics anew. checkpoint: a file, written
-    atomically after every round and final epoch; resume: start from it if it is there, given the original model. log is
-    called with each entry of the history.
+    atomically after every round and final epoch; resume: start from it if it is there, given the original model. wrap:
+    what the model is trained in, `DistributedDataParallel` or `torch.compile`; called with the model at the start and after
+    every cut. With DistributedDataParallel every process calls prune, with its own share of the data; scores are summed,
+    the plans compared, and the first process writes the checkpoint. log is called with each entry of the history.
 
     Raises, before anything is trained, ValueError for unusable arguments, PlanError for a budget that cannot be met and
     TraceError for a model that cannot run with fewer channels; FloatingPointError when the loss is not finite: that
@@ -87,6 +90,8 @@ def prune(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if data_parallel(model) is not None:
+        raise ValueError("model is wrapped in DistributedDataParallel: give the model itself, and wrap=DistributedDataParallel")
     device = _device(model)
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     if not any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
@@ -115,6 +120,8 @@ def prune(
     if resume and checkpoint is not None and Path(checkpoint).exists():
         plan, history, done = _resume(checkpoint, model, optimizer, scheduler, settings)
         current = graph.after(plan.removed)
+    wrap = wrap or (lambda model: model)
+    runner = wrap(model)
 
     def finished(event, loss, since, **more):
         event = {"event": event, "flops": current.flops, "params": current.params, "units": current.units, "loss": loss, **more}
@@ -122,7 +129,7 @@ def prune(
             event["accuracy"] = _evaluate(model, evaluate)
         event["seconds"] = round(time.perf_counter() - since, 3)
         history.append(event)
-        if checkpoint is not None:
+        if checkpoint is not None and _is_first(runner):
             _save(checkpoint, model, plan, history, optimizer, scheduler, settings)
         if log is not None:
             log(event)
@@ -137,16 +144,17 @@ def prune(
             for module in model.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
-        return _train(model, batches, updates, loss_fn, optimizer, scheduler, device, title, progress)
+        return _train(runner, batches, updates, loss_fn, optimizer, scheduler, device, title, progress)
 
     for step in range(done, rounds + final_epochs):
         since = time.perf_counter()
         if step < rounds:
-            with TaylorScorer(model, current, reduction=reduction) as scorer:
+            with TaylorScorer(runner, current, reduction=reduction) as scorer:
                 loss = train(max(1, round(round_epochs * steps)), f"round {step + 1}/{rounds}")
             scores = scorer.scores()
             cut = make_plan(current, scores, **budget.of_round(step + 1, current), **options)
-            compact(model, cut, optimizer=optimizer, also=also)
+            compact(runner, cut, optimizer=optimizer, also=also)
+            runner = wrap(model)
             plan, current = plan.then(cut), current.after(cut.removed)
             told = {name: [float(f"{v:.6g}") for v in s.tolist()] for name, s in scores.items()}
             finished("round", loss, since, round=step + 1, kept=plan.kept, scores=told)
@@ -194,13 +202,21 @@ def _train(model, batches, updates, loss_fn, optimizer, scheduler, device, title
                 raise ValueError(f"train_loader must yield (inputs, targets), got {type(batch).__name__}")
             inputs, targets = batch
             inputs, targets = _to(inputs, device), _to(targets, device)
-            loss = loss_fn(run_on(model, inputs), targets)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise FloatingPointError(f"{title}: the loss is {value} at update {number + 1}; the round is abandoned")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+
+            def closure(inputs=inputs, targets=targets, number=number):
+                loss = loss_fn(run_on(model, inputs), targets)
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    raise FloatingPointError(f"{title}: the loss is {value} at update {number + 1}; the round is abandoned")
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                return value
+
+            if isinstance(optimizer, torch.optim.LBFGS):  # it alone may ask for the loss several times
+                value = optimizer.step(closure)
+            else:
+                value = closure()
+                optimizer.step()
             if scheduler is not None:
                 scheduler.step()
             total += value
@@ -213,6 +229,12 @@ def _train(model, batches, updates, loss_fn, optimizer, scheduler, device, title
 def _evaluate(model, evaluate) -> float:
     with in_mode(model, training=False):
         return float(evaluate(model))
+
+
+def _is_first(runner) -> bool:
+    """Whether this process is the one that writes."""
+    parallel = data_parallel(runner)
+    return parallel is None or torch.distributed.get_rank(parallel.process_group) == 0
 
 
 def _to(value, device):
@@ -254,6 +276,8 @@ def _save(path, model, plan, history, optimizer, scheduler, settings):
         for key, value in entry.items():
             if isinstance(value, torch.Tensor):
                 tensors[f"optimizer/{index}/{key}"] = value
+            elif isinstance(value, list) and value and all(isinstance(v, torch.Tensor) for v in value):  # LBFGS's history
+                tensors |= {f"optimizer/{index}/{key}/{number}": v for number, v in enumerate(value)}
             elif _is_json(value):
                 plain.setdefault(str(index), {})[key] = value
     groups = [{k: v for k, v in group.items() if _is_json(v)} for group in state["param_groups"]]
@@ -282,8 +306,14 @@ def _resume(path, model, optimizer, scheduler, settings):
     state: dict[int, dict] = {int(i): dict(entry) for i, entry in extra["optimizer"]["state"].items()}
     for name, tensor in tensors.items():
         if name.startswith("optimizer/"):
-            _, index, key = name.split("/", 2)
-            state.setdefault(int(index), {})[key] = tensor
+            _, index, key, *number = name.split("/")
+            entry = state.setdefault(int(index), {})
+            if number:
+                entry.setdefault(key, {})[int(number[0])] = tensor
+            else:
+                entry[key] = tensor
+    for entry in state.values():
+        entry |= {key: [value[n] for n in sorted(value)] for key, value in entry.items() if isinstance(value, dict)}
     groups = [
         {**new, **{k: tuple(v) if isinstance(new.get(k), tuple) else v for k, v in old.items()}}
         for new, old in zip(optimizer.state_dict()["param_groups"], extra["optimizer"]["param_groups"], strict=True)

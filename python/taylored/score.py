@@ -6,13 +6,12 @@ accumulated. arXiv:1611.06440, equations 6 and 7.
 """
 
 import functools
-import sys
 
 import torch
 from torch import nn
 
 from taylored import ops
-from taylored.trace import ChannelGraph, check_fit
+from taylored.trace import ChannelGraph, check_fit, data_parallel, unwrapped, watch_hooks
 
 
 class TaylorScorer:
@@ -21,6 +20,9 @@ class TaylorScorer:
     reduction: "abs", the paper's mean over examples of |t|; "batch", |sum over the batch| (the walk-through's);
     "square", mean over examples of t^2 (Molchanov et al. 2019). t is the first-order change of one example's loss, over
     the number of positions of the unit's map. loss_reduction: "mean" if the loss is averaged over the batch, else "sum".
+
+    model: given in its DistributedDataParallel wrapper, the processes' scores are added up, and each process must call
+    `scores`; with "batch" a batch is one process's own.
 
     Scores are proportional to the loss that backward is called on: a GradScaler's constant factor cancels in the
     normalisation of `make_plan`. Works with weights that are frozen, and through several backward passes per step.
@@ -32,7 +34,8 @@ class TaylorScorer:
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
         check_fit(graph, model)
-        self.model = getattr(model, "_orig_mod", model)
+        self.model = unwrapped(model)
+        self._parallel = data_parallel(model)
         self.graph = graph
         self.reduction = reduction
         self.loss_reduction = loss_reduction
@@ -56,13 +59,13 @@ class TaylorScorer:
     def __enter__(self):
         if self._handles:
             raise RuntimeError("this TaylorScorer is already active")
-        _forget_compiled()
+        watch_hooks()
         for name in self._consumers:
             module = self.model.get_submodule(name)
             device, key = module.weight.device, ops.gate_key(module)
             anchor, token = torch.zeros((), device=device, requires_grad=True), torch.zeros((), device=device)
             ops.set_recorder(key, functools.partial(self._record, name, self.graph.layers[name].axis))
-            self._handles.append((module.register_forward_pre_hook(_gated(anchor, token, key)), key))
+            self._handles.append((module.register_forward_pre_hook(_Gate(anchor, token, key, self._recomputed)), key))
         return self
 
     def __exit__(self, *exception):
@@ -71,13 +74,29 @@ class TaylorScorer:
             ops.set_recorder(key, None)
         self._handles.clear()
         self._arrived.clear()
-        _forget_compiled()
+        watch_hooks()
 
-    def _record(self, name, axis, x, g):
-        task = torch._C._current_graph_task_id()  # one backward pass; a failed one never ends
-        if task not in self._arrived:
-            self._arrived[task] = {}
-            torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._finish, task))
+    def _begin(self, task):
+        """Called within a backward pass, by its number; when it ends, what has arrived is added up. One that fails never ends."""
+        self._arrived[task] = {}
+        torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._finish, task))
+
+    def _recomputed(self) -> int:
+        """The backward pass within which a gate's forward runs, -1 if within none. Reentrant checkpointing runs a segment again,
+        forward and backward, and the latter is a pass of its own: what it contributes belongs to the outermost one."""
+        task = torch._C._current_graph_task_id()
+        if task == -1:
+            self._arrived.clear()  # nothing is under way, what is left has failed
+        elif not self._arrived:
+            self._begin(task)
+        return task if task in self._arrived else next(iter(self._arrived), -1)
+
+    def _record(self, name, axis, x, g, task):
+        """task: what `_recomputed` said when the gate ran."""
+        if task == -1:
+            task = torch._C._current_graph_task_id()
+            if task not in self._arrived:
+                self._begin(task)
         t = ops.contribution(x.movedim(axis, 1), g.movedim(axis, 1))  # [N, C]
         self._arrived[task].setdefault(name, []).append(t)
 
@@ -119,26 +138,37 @@ class TaylorScorer:
 
         Groups that no gradient reached (a head that only training mode runs) are left out. Raises RuntimeError if no
         backward pass was seen at all, FloatingPointError if a score is NaN or infinite."""
-        if not self._totals:
+        device = next(self.model.parameters()).device
+        sums = [self._totals.get(g.name, torch.zeros(g.units, dtype=torch.float64)).to(device) for g in self.graph.groups]
+        examples = [self._examples.get(g.name, 0) for g in self.graph.groups]
+        everything = torch.cat([*sums, torch.tensor(examples, dtype=torch.float64, device=device)])
+        if self._parallel is not None:
+            torch.distributed.all_reduce(everything, group=self._parallel.process_group)
+        *sums, examples = everything.cpu().split([*(g.units for g in self.graph.groups), len(self.graph.groups)])
+        if not examples.any():
             raise RuntimeError("no backward pass was scored: call loss.backward() within `with TaylorScorer(...)`")
-        scores = {
-            g.name: self._totals[g.name].cpu() / self._examples[g.name] for g in self.graph.groups if g.name in self._totals
-        }
+        scores = {g.name: s / n for g, s, n in zip(self.graph.groups, sums, examples, strict=True) if n}
         for name, s in scores.items():
             if not s.isfinite().all():
                 raise FloatingPointError(f"the scores of {name!r} are not finite: the loss or its gradient was NaN or infinite")
         return scores
 
 
-def _forget_compiled():
-    """Compiled code does not look whether hooks have come or gone: what was compiled is made anew."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
+class _Gate:
+    """The hook on a consumer. A copy of the model, pickled or not, gets a hook that does nothing: it is not being scored."""
+
+    def __init__(self, anchor, token, key, recomputed):
+        self.anchor, self.token, self.key, self.recomputed = anchor, token, key, recomputed
+
+    def __call__(self, _module, args):
+        if not torch.is_grad_enabled():
+            return None
+        task = -1 if torch.compiler.is_compiling() else self.recomputed()
+        return (ops.gate(args[0], self.anchor, self.token, self.key, task), *args[1:])
+
+    def __reduce__(self):
+        return functools.partial, (_ungated,)
 
 
-def _gated(anchor, token, key):
-    def hook(_module, args):
-        if torch.is_grad_enabled():
-            return (ops.gate(args[0], anchor, token, key), *args[1:])
-
-    return hook
+def _ungated(_module, _args):
+    return None

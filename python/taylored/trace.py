@@ -800,7 +800,7 @@ def trace(model: nn.Module, example_inputs, *, fully_connected: bool = False) ->
 
     Raises TraceError if the model does not run on the example inputs, naming the line where it fails.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     args, kwargs = as_arguments(example_inputs)
@@ -840,6 +840,25 @@ def count_examples(batch) -> int:
     return next(len(t) for t in tree_leaves(batch) if isinstance(t, torch.Tensor) and t.ndim)
 
 
+def wrappers(model: nn.Module):
+    """The model, what it wraps (torch.compile's, DataParallel's and DistributedDataParallel's modules), and so on."""
+    yield model
+    parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    if (inner := getattr(model, "module" if parallel else "_orig_mod", None)) is not None:
+        yield from wrappers(inner)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model without its wrappers."""
+    *_, inner = wrappers(model)
+    return inner
+
+
+def data_parallel(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
+    """The wrapper, if there is one, with which several processes train the model as one."""
+    return next((m for m in wrappers(model) if isinstance(m, nn.parallel.DistributedDataParallel)), None)
+
+
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter and buffer by name, shared ones once."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -851,7 +870,7 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def check_fit(graph: ChannelGraph, model: nn.Module) -> None:
     """Raises ValueError unless the model's tensors are those that the graph is of."""
-    there = {name: tuple(t.shape) for name, t in named_tensors(getattr(model, "_orig_mod", model)).items()}
+    there = {name: tuple(t.shape) for name, t in named_tensors(unwrapped(model)).items()}
     for name in (*graph.shapes, *there):
         if there.get(name) != graph.shapes.get(name):
             here, known = (f"shape {s[name]}" if name in s else "no such tensor" for s in (there, graph.shapes))
@@ -940,12 +959,13 @@ def zeroed(model: nn.Module, graph: ChannelGraph, units: dict[str, torch.Tensor]
     """Within the context the model computes as if the units (group name -> unit indices) were removed: their channels are
     zero at the inputs of all their consumers."""
     check_fit(graph, model)
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     lost: dict[str, list[torch.Tensor]] = {}
     for name, indices in units.items():
         for consumer, slots in graph.group(name).inputs.items():
             lost.setdefault(consumer, []).append(slots[indices].flatten())
     handles = []
+    watch_hooks()
     try:
         for consumer, indices in lost.items():
             layer = graph.layers[consumer]
@@ -956,6 +976,16 @@ def zeroed(model: nn.Module, graph: ChannelGraph, units: dict[str, torch.Tensor]
     finally:
         for handle in handles:
             handle.remove()
+        watch_hooks()
+
+
+def watch_hooks() -> None:
+    """Let compiled code look whether hooks have come or gone, which torch leaves out; what was compiled before is made anew.
+
+    Called before hooks come and after they went: torch.compile may have been loaded, and used, in between."""
+    if "torch._dynamo" in sys.modules and torch._dynamo.config.skip_nnmodule_hook_guards:
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
+        torch.compiler.reset()
 
 
 def _zeroing(mask, axis):
