@@ -15,7 +15,7 @@ from timer import Table, side_by_side
 from torch import nn
 
 import taylored
-from taylored.oracle import Replay
+from taylored.replay import Replay
 from taylored.trace import zeroed
 
 
@@ -68,7 +68,7 @@ def compare(name, share, batch, precision):
             assert abs(float(found[group.name][unit]) + base - loss) <= 1e-5 * loss, (group, loss)
     contenders = {"once": lambda: replay({}), "sample": lambda: replay(sample), "forward": brute_force}
     times = side_by_side(contenders, seconds=20, rounds=(3, 5))
-    bound = Replay(model, graph, x, torch.float32).bound(sample)
+    bound = Replay(model, graph, x).bound(sample)
     return units, times["forward"], (times["sample"] - times["once"]) / units, bound
 
 

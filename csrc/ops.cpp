@@ -16,6 +16,9 @@ STABLE_TORCH_LIBRARY(taylored, m) {
     // 3x3 convolution, stride 1, padding 1, that skips x's zeros; weight [3, C, 3, outputs].
     m.def("sparse_conv(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
 
+    // d[p] = clamp(clean[rows[p]] + d[p]) - clamp(clean[rows[p]]).
+    m.def("clamp_difference_(Tensor(a!) d, Tensor clean, Tensor rows, float low, float high) -> ()");
+
     // total[u] += what `reduction` (0 abs, 1 batch, 2 square) makes of scale * sum_k t[k][n, u] over examples
     // n.
     m.def("accumulate_(Tensor(a!) total, Tensor[] t, int reduction, float scale) -> ()");

@@ -16,6 +16,11 @@ def sparse_conv(x, weight, bias=None):
     return conv2d(x.double(), weight.double(), None if bias is None else bias.double(), padding=1)
 
 
+def clamp_difference(d, clean, rows, low, high):
+    old = clean.double()[rows]
+    return (old + d.double()).clamp(low, high) - old.clamp(low, high)
+
+
 def compact(x, keep):
     for dimension, indices in keep.items():
         x = x.index_select(dimension, indices)

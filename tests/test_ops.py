@@ -151,6 +151,37 @@ def test_a_convolution_that_skips_zeros_does_not_depend_on_threads_and_lets_nan_
 
 
 @some
+@given(st.lists(st.integers(0, 19), min_size=1, max_size=4), st.integers(0, 9), st.booleans(), st.integers(0, 99),
+       st.sampled_from([(0.0, math.inf), (0.0, 6.0), (-0.5, 0.5)]))  # fmt: skip
+def test_a_clamp_of_differences_is_the_difference_of_clamps(shape, pairs, last, seed, bounds):
+    layout = "channels_last" if last and len(shape) > 1 else "contiguous"
+    clean = laid_out(shape, layout, torch.float32, seed)
+    d = laid_out([pairs if shape[0] else 0, *shape[1:]], layout, torch.bfloat16, seed + 1)
+    rows = torch.randint(max(shape[0], 1), d.shape[:1])
+    expected = reference.clamp_difference(d, clean, rows, *bounds)
+    ops.clamp_difference_(d, clean, rows, *bounds)
+    # float32 rounds the sum, bfloat16 the result
+    assert ((d.double() - expected).abs() <= 2**-8 * expected.abs() + 2**-22).all()
+
+
+def test_a_clamp_of_differences_lets_nan_through_and_changes_nothing_where_arguments_do_not_fit():
+    d, clean = torch.zeros(2, 37, dtype=torch.bfloat16), torch.ones(3, 37)
+    d[1, 5] = clean[2, 7] = math.nan
+    ops.clamp_difference_(d, clean, torch.tensor([0, 2]), 0.0, math.inf)
+    assert d.isnan().nonzero().tolist() == [[1, 5], [1, 7]]
+    good = {"d": torch.ones(2, 4, 3, 3).bfloat16(), "clean": torch.ones(5, 4, 3, 3), "rows": torch.tensor([0, 4])}
+    for bad in [
+        {"rows": torch.tensor([0, 5])}, {"rows": torch.tensor([-1, 0])}, {"rows": torch.tensor([0])}, {"d": good["d"].float()},
+        {"clean": good["clean"].double()}, {"clean": torch.ones(5, 4, 3, 2)}, {"clean": torch.ones(5, 4, 9)},
+        {"clean": good["clean"].to(memory_format=torch.channels_last)}, {"d": good["d"][..., ::2], "clean": torch.ones(5, 4, 3, 2)},
+    ]:  # fmt: skip
+        arguments = good | bad
+        with pytest.raises(RuntimeError, match="clamp_difference_"):
+            ops.clamp_difference_(*arguments.values(), 0.0, 0.5)
+        assert bool((arguments["d"] == 1).all())
+
+
+@some
 @given(st.integers(0, 9), st.integers(0, 40), st.integers(1, 3), st.sampled_from(["abs", "batch", "square"]), st.booleans())
 def test_accumulate_equals_its_formula(examples, units, consumers, reduction, wide):
     t = [torch.randn(examples, units, dtype=torch.float64 if wide else torch.float32) for _ in range(consumers)]
@@ -188,4 +219,6 @@ def test_opcheck(dtype):
     torch.library.opcheck(library.accumulate_.default, (torch.zeros(5), [torch.randn(2, 5)], 0, 1.0))
     for bias in (None, torch.ones(6)):
         torch.library.opcheck(library.sparse_conv.default, (torch.randn(2, 5, 4, 3), torch.randn(3, 5, 3, 6), bias))
+    arguments = (torch.randn(3, 5).bfloat16(), torch.randn(2, 5), torch.tensor([0, 1, 1]), 0.0, 6.0)
+    torch.library.opcheck(library.clamp_difference_.default, arguments)
     torch.library.opcheck(library.record.default, (torch.zeros(()), x, x, -1, -1))

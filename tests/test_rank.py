@@ -15,8 +15,8 @@ import taylored
 from taylored import data, zoo
 from taylored.cli import main
 from taylored.criteria import CRITERIA
-from taylored.oracle import Replay
 from taylored.rank import mean_loss
+from taylored.replay import Replay
 
 QUICK = ["--train-epochs", "1", "--examples", "48", "--batch-size", "24", "--threads", "1"]
 SAMPLED = [*QUICK, "--units", "5"]

@@ -66,6 +66,21 @@ def sparse_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return _ops.sparse_conv.default(x, weight, bias)
 
 
+def clamp_difference_(d: Tensor, clean: Tensor, rows: Tensor, low: float, high: float) -> None:
+    """What a clamp makes of a difference, in place: ``d[p] = clamp(clean[rows[p]] + d[p]) - clamp(clean[rows[p]])``,
+    computed in float32. With bounds of zero and infinity that is ReLU.
+
+    d: bfloat16 ``[P, ...]``; clean: float32 ``[N, ...]``, its rows of d's shape and dense in the same layout; rows: int64
+    ``[P]``, below N. On a GPU it is composed of torch's operators. Raises RuntimeError, with nothing changed, for others.
+    Has no gradient.
+    """
+    if d.device.type == "cpu":
+        _ops.clamp_difference_.default(d, clean, rows, low, high)
+    else:
+        old = clean.index_select(0, rows)
+        d.copy_((old + d).clamp_(low, high).sub_(old.clamp(low, high)))
+
+
 def accumulate_(total: Tensor, t: list[Tensor], reduction: str, scale: float) -> Tensor:
     """Add a batch's contributions to a running score, in place. With ``s[n, u] = scale * sum_k t[k][n, u]``:
 
@@ -150,6 +165,11 @@ def _(x):
 def _(x, weight, bias=None):
     n, _, h, w = x.shape
     return x.new_empty(n, h, w, weight.shape[3]).permute(0, 3, 1, 2)
+
+
+@torch.library.register_fake("taylored::clamp_difference_")
+def _(d, clean, rows, low, high):
+    return None
 
 
 @torch.library.register_fake("taylored::accumulate_")
