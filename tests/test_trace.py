@@ -329,3 +329,36 @@ def test_the_surrounding_grad_mode_does_not_matter(context):
     with context():
         graph = trace(nets.NETS["chain"](), nets.inputs())
     assert graph.units == 14
+
+
+def test_a_grouped_transposed_convolution_may_come_first():
+    """Its weight's labels are those of its inputs, of which there are fewer than of its outputs."""
+    model = nn.Sequential(nn.ConvTranspose2d(3, 6, 2, 2, groups=3), nn.Conv2d(6, 8, 1), nn.Conv2d(8, 2, 1))
+    assert check(model, nets.inputs()).prunable_filters == 8
+
+
+def test_pixel_shuffle_ties_the_channels_of_one_output_channel_alone():
+    """Whether or not anything consumes what it made."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last, self.aside = nn.Conv2d(3, 16, 3), nn.Conv2d(4, 2, 1), nn.Conv2d(3, 8, 3)
+
+        def forward(self, x):
+            F.pixel_shuffle(self.aside(x), 2)
+            return self.last(F.pixel_shuffle(self.first(x), 2).tanh())
+
+    assert check(Net(), nets.inputs()).group("first").units == 4
+
+
+def test_unbinding_frames_leaves_their_channels_alone():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.head = nn.Conv3d(3, 8, 1), nn.Conv2d(8, 6, 1), nn.Linear(6, 5)
+
+        def forward(self, x):
+            return self.head(sum(self.second(frame.tanh()) for frame in self.first(x).unbind(2)).mean((2, 3)))
+
+    assert check(Net(), torch.randn(2, 3, 4, 5, 5)).prunable_filters == 14

@@ -11,7 +11,7 @@ from taylored.oracle import oracle
 from taylored.plan import PlanError, PrunePlan, diff, make_plan, random_plan
 from taylored.prune import PruneResult, prune
 from taylored.score import TaylorScorer
-from taylored.trace import ChannelGraph, Group, TraceError, trace
+from taylored.trace import ChannelGraph, Group, TraceError, trace, trace_rule
 
 # Plain values: torch.load(..., weights_only=True) may make them, and a checkpoint of one's own may hold them.
 torch.serialization.add_safe_globals([PrunePlan, Removed])
@@ -41,4 +41,5 @@ __all__ = [
     "save",
     "spearman",
     "trace",
+    "trace_rule",
 ]

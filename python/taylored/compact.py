@@ -324,11 +324,15 @@ def _compact_flat(tensor, stretches, chunk=1 << 17):
     tensor.data = tensor.data[:target]
 
 
+# The tensor that shows a module's sizes; weight norm, as a parametrization or a hook, gives it other names.
+WEIGHTS = ("weight", "parametrizations.weight.original1", "weight_v", "weight_ih_l0", "running_mean")
+
+
 def _attributes(model, plan) -> list[tuple[str, nn.Module, dict[str, int]]]:
     """What modules say about their own sizes, as it will be, by their names."""
     found = []
     for prefix, module in model.named_modules():
-        names = (f"{prefix}.{local}" if prefix else local for local in ("weight", "running_mean"))
+        names = (f"{prefix}.{local}" if prefix else local for local in WEIGHTS)
         name = next((name for name in names if name in plan.shapes), None)
         if name is None:
             continue
@@ -339,6 +343,8 @@ def _attributes(model, plan) -> list[tuple[str, nn.Module, dict[str, int]]]:
             values = {first: new[0], second: new[1] * groups, "groups": groups}
         elif isinstance(module, nn.Linear):
             values = {"in_features": new[1], "out_features": new[0]}
+        elif isinstance(module, nn.RNNBase):
+            values = {"input_size": new[1]}
         elif isinstance(module, nn.modules.batchnorm._NormBase):
             values = {"num_features": new[0]}
         elif isinstance(module, nn.GroupNorm):
@@ -354,6 +360,8 @@ def _attributes(model, plan) -> list[tuple[str, nn.Module, dict[str, int]]]:
 class Rehearsal(LabelMode):
     """Runs the model as it will be. Every slot has a label of its own, and a component of the trace: only slots of one
     component may meet. (The components themselves would not do for labels: where one unit is left they are all the same.)"""
+
+    planned = True
 
     def __init__(self, module_names, graph, components):
         super().__init__(module_names)

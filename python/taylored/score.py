@@ -62,7 +62,7 @@ class TaylorScorer:
         watch_hooks()
         for name in self._consumers:
             module = self.model.get_submodule(name)
-            device, key = module.weight.device, ops.gate_key(module)
+            device, key = next(module.parameters()).device, ops.gate_key(module)
             anchor, token = torch.zeros((), device=device, requires_grad=True), torch.zeros((), device=device)
             ops.set_recorder(key, functools.partial(self._record, name, self.graph.layers[name].axis))
             self._handles.append((module.register_forward_pre_hook(_Gate(anchor, token, key, self._recomputed)), key))

@@ -8,6 +8,7 @@ module and example inputs. Goes out: a `ChannelGraph`.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import sys
@@ -26,7 +27,7 @@ from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-CONSUMERS = (*CONVOLUTIONS, nn.Linear)
+CONSUMERS = (*CONVOLUTIONS, nn.Linear, nn.RNNBase)  # what contracts over its first argument's channels
 FIXED = -1  # the label of a slot that no unit owns
 
 
@@ -81,17 +82,18 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layer:
-    """A convolution or linear layer. filters: the component of each output channel; inputs: the same of its input's
-    channels, None where it does not contract over units (depthwise and grouped convolutions, the model's input).
+    """A convolution, linear or recurrent layer. filters: the component of each output channel; inputs: the same of its
+    input's channels, None where it does not contract over units (depthwise and grouped convolutions, the model's input).
 
-    axis: the channel dimension of its input; positions: input elements per example and channel; calls: how often one
-    forward pass runs it."""
+    unlabelled: why filters without a component cannot be removed; axis: the channel dimension of its input; positions:
+    input elements per example and channel; calls: how often one forward pass runs it."""
 
     name: str
     filters: np.ndarray
     inputs: np.ndarray | None
     is_convolution: bool
     is_grouped: bool
+    unlabelled: str
     axis: int
     positions: int
     calls: int
@@ -178,7 +180,7 @@ class ChannelGraph:
         for entry in self.layers.values():
             if layer in (None, entry.name):
                 groups = ", ".join(g.name for g in self.groups if entry.name in g.layers)
-                without = "its only filter" if len(entry.filters) == 1 else "its weight is computed in a way that has no rule"
+                without = "its only filter" if len(entry.filters) == 1 else entry.unlabelled
                 reasons = dict.fromkeys(self.frozen.get(int(c), without) for c in entry.filters if not self._removable(c))
                 prunable = self._prunable(entry)
                 why = "; ".join(reasons) if prunable < len(entry.filters) else ""
@@ -276,13 +278,17 @@ class LabelMode(TorchDispatchMode):
     A tensor's labels are a tuple of int64 tensors, each broadcastable to its shape, no two of which vary along the
     same dimension. Subclasses say what `unite` and `freeze` do: a trace notes them, a rehearsal checks them."""
 
+    planned = False  # whether the model runs as a plan leaves it: one group of channels may be what is left of several
+
     def __init__(self, module_names: dict[int, str]):
         super().__init__()
         self.module_names = module_names
-        self.stack: list[tuple[nn.Module, tuple]] = []
+        self.stack: list[tuple[nn.Module, tuple, int]] = []  # module, arguments, number of the call
+        self.calls = itertools.count()
         self.labels: dict[int, tuple[torch.Tensor, ...]] = {}
         self.alive: list[torch.Tensor] = []  # an id must not be reused while its labels are kept
         self.uniform: set[int] = set()  # tensors with the same value, or fresh noise, in every channel
+        self.lost: dict[int, str] = {}  # why a tensor has no labels, where an op is to blame
         self.meta: dict[int, torch.Tensor] = {}
         self.grouped: set[str] = set()  # grouped convolutions; they stay so when a plan leaves them one group
         self.owned: set[int] = set()  # the model's own tensors, and those of them that an op has used
@@ -295,9 +301,9 @@ class LabelMode(TorchDispatchMode):
     def freeze(self, label: torch.Tensor, reason: str) -> None:
         raise NotImplementedError
 
-    def applied(self, filters, count, contracted) -> None:
-        """A convolution or matrix product makes `count` channels labelled `filters` ([count] or None) and contracts
-        over the labels `contracted` ([C] or None: it does not mix units)."""
+    def applied(self, filters, count, contracted, unlabelled) -> None:
+        """A convolution or matrix product makes `count` channels labelled `filters` ([count], or None for the reason
+        `unlabelled`) and contracts over the labels `contracted` ([C] or None: it does not mix units)."""
 
     def counted(self, flops: int, dimensions: list[torch.Tensor]) -> None:
         """An op costs `flops`, in proportion to the number of labels in each dimension."""
@@ -311,11 +317,26 @@ class LabelMode(TorchDispatchMode):
         self.labels[id(tensor)] = tuple(labels)
         self.alive.append(tensor)
 
+    def emit(self, tensor, axis: int, label: torch.Tensor | None) -> None:
+        """Give a tensor labels [C] along one axis, and no others."""
+        self.set(tensor, slot_at(label, tensor.ndim, axis))
+
+    def lose(self, out, reason) -> None:
+        """What an op made has no labels for that reason."""
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and not self.get(tensor):
+                self.lost[id(tensor)] = reason
+                self.alive.append(tensor)
+
+    def why(self, tensor) -> str:
+        """Why a tensor has no labels."""
+        return self.lost.get(id(tensor), "the model's input, or a value without labels")
+
     def where(self) -> str:
         return self.module_names.get(id(self.stack[-1][0]), type(self.stack[-1][0]).__name__) if self.stack else "forward"
 
     def enter_module(self, module, args):
-        self.stack.append((module, args))
+        self.stack.append((module, args, next(self.calls)))
 
     def leave_module(self, module, args, output):
         self.stack.pop()
@@ -349,8 +370,10 @@ class LabelMode(TorchDispatchMode):
         if rule is not None:
             dimensions = rule(self, func, args, kwargs, out)
         else:
-            for tensor in tensors_of(args, kwargs):
-                self.freeze_all(tensor, f"{packet} in {self.where()!r} has no rule")
+            name = func._schema.name
+            opaque(self, args, kwargs, out, f'{name} in {self.where()!r} has no rule: taylored.trace_rule("{name}") can add one')
+        if self.lost and (reason := next((self.lost[id(t)] for t in tensors_of(args, kwargs) if id(t) in self.lost), None)):
+            self.lose(out, reason)
         if packet in flop_registry:
             self.counted(flop_registry[packet](*args, **kwargs, out_val=out), [d for d in dimensions or () if d is not None])
         return out
@@ -495,7 +518,8 @@ def metadata(mode, func, args, kwargs, out):
 def movement(mode, func, args, kwargs, out):
     """Every element goes to a new place: the same op on the labels says where.
 
-    A dimension cut in two keeps its meaning with fewer channels if every piece loses the same positions."""
+    A dimension cut in two keeps its meaning with fewer channels if every piece loses the same positions; channels that
+    pixel_shuffle spreads out in space, if they go with all others of their output channel."""
     x = args[0]
     mode.uniform.discard(id(x))
     move = aten.reshape if func.overloadpacket in (aten.view, aten._unsafe_view) else func
@@ -504,7 +528,8 @@ def movement(mode, func, args, kwargs, out):
         moved = compress(move(label.expand(x.shape), *args[1:], **kwargs))
         axes = varying(moved)
         if len(axes) > len(varying(label)):
-            mode.tie(moved.movedim(axes[-1], 0).reshape(moved.shape[axes[-1]], -1))
+            axis = x.ndim - 3 if func.overloadpacket is aten.pixel_shuffle else axes[-1]
+            mode.tie(moved.movedim(axis, 0).reshape(moved.shape[axis], -1))
         labels.append(moved)
     mode.set(out, labels)
 
@@ -523,15 +548,18 @@ def part(mode, func, args, kwargs, out):
 
 def split(mode, func, args, kwargs, out):
     """Pieces of equal size must lose equal positions, so these are united; unequal pieces cannot change."""
-    x = args[0]
+    x, unbound = args[0], func.overloadpacket is aten.unbind
     mode.uniform.discard(id(x))
-    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % x.ndim
-    if func.overloadpacket is aten.unbind or len({p.shape[dim] for p in out}) > 1:
-        for piece in out:
-            mode.set(piece, ())
-        mode.freeze_all(x, f"{func.overloadpacket} in {mode.where()!r} cuts the channels into unequal pieces", dims=(dim,))
-        return
-    for label in mode.get(x):
+    position = 1 if unbound else 2
+    dim = (args[position] if len(args) > position else kwargs.get("dim", 0)) % x.ndim
+    labels = mode.get(x)
+    if unbound or len({p.shape[dim] for p in out}) > 1:
+        labels = mode.freeze_all(
+            x, f"{func.overloadpacket} in {mode.where()!r} cuts the channels into unequal pieces", dims=(dim,)
+        )
+    for piece in out:
+        mode.set(piece, ())
+    for label in labels:
         pieces = [compress(p) for p in func(label.expand(x.shape), *args[1:], **kwargs)]
         for tensor, piece in zip(out, pieces, strict=True):
             if piece is not pieces[0] and dim in varying(label):
@@ -591,7 +619,7 @@ def pad(mode, func, args, kwargs, out):
 def per_channel(mode, func, args, kwargs, out):
     """Pooling and interpolation work in space, channel by channel (dimension 1)."""
     for tensor in out if isinstance(out, (tuple, list)) else (out,):
-        mode.set(tensor, slot_at(mode.channels(args[0], 1), tensor.ndim, 1))
+        mode.emit(tensor, 1, mode.channels(args[0], 1))
 
 
 def reduction(mode, func, args, kwargs, out):
@@ -626,7 +654,7 @@ def batch_norm(mode, func, args, kwargs, out):
             mode.bind(label, mode.channels(t, 0), f"batch norm {mode.where()!r} of something without labels")
             if label is None:
                 label = mode.channels(t, 0)
-    mode.set(out[0], slot_at(label, x.ndim, 1))
+    mode.emit(out[0], 1, label)
 
 
 def group_norm(mode, func, args, kwargs, out):
@@ -637,10 +665,10 @@ def group_norm(mode, func, args, kwargs, out):
         if isinstance(t, torch.Tensor):
             mode.bind(label, mode.channels(t, 0), f"group norm {mode.where()!r} of something without labels")
     if label is not None:
-        if groups == 1:
+        if groups == 1 and not mode.planned:
             mode.freeze(label, f"group norm {mode.where()!r} takes statistics over all channels")
         mode.tie(label.reshape(groups, -1))
-    mode.set(out[0], slot_at(label, x.ndim, 1))
+    mode.emit(out[0], 1, label)
 
 
 def layer_norm(mode, func, args, kwargs, out):
@@ -655,6 +683,29 @@ def layer_norm(mode, func, args, kwargs, out):
     mode.set(out[0], labels)
 
 
+def weight_norm(mode, func, args, kwargs, out):
+    """Each filter over its norm: filters keep their labels, what the norm is taken over stays."""
+    v, g, dim = args[0], args[1], args[2] if len(args) > 2 else kwargs.get("dim", 0)
+    others = [d for d in range(v.ndim) if d != dim % v.ndim]
+    mode.freeze_all(v, f"weight norm in {mode.where()!r} divides by a norm over them", dims=others)
+    label = mode.channels(v, dim)
+    mode.bind(label, mode.channels(g, dim), mode.why(v))
+    mode.set(out[0], mode.get(v))
+    mode.emit(out[1], dim, label)
+
+
+def statistic(mode, func, args, kwargs, out):
+    """A statistic of whole tensors, such as spectral norm's: nothing in them can go."""
+    opaque(mode, args, kwargs, out, f"{func.overloadpacket} in {mode.where()!r} depends on all of them")
+
+
+def opaque(mode, args, kwargs, out, reason):
+    """What goes in is frozen, what comes out has no labels."""
+    for tensor in tensors_of(args, kwargs):
+        mode.freeze_all(tensor, reason)
+    mode.lose(out, reason)
+
+
 def convolution(mode, func, args, kwargs, out):
     """Binds the input's channels to the weight's, emits the weight's filters. A group of channels is one unit."""
     x, weight, bias, transposed, groups = args[0], args[1], args[2], args[6], args[8]
@@ -666,7 +717,7 @@ def convolution(mode, func, args, kwargs, out):
     if groups > 1:
         mode.grouped.add(mode.where())
     if mode.where() not in mode.grouped:
-        mode.bind(x_label, inputs, "the model's input, or a value without labels")
+        mode.bind(x_label, inputs, mode.why(x if x_label is None else weight))
         contracted = x_label
     else:
         # A transposed convolution's weight is [in, out/groups, ...], any other's is [out, in/groups, ...].
@@ -674,15 +725,17 @@ def convolution(mode, func, args, kwargs, out):
         if shared is not None:
             mode.freeze(shared, "the channels within one group of a grouped convolution")
         if whole is None or x_label is None:
-            mode.bind(x_label, whole, "the model's input, or a value without labels")
+            mode.bind(x_label, whole, mode.why(x if x_label is None else weight))
         else:
-            blocks, incoming = whole.reshape(groups, -1), x_label.reshape(groups, -1)
-            mode.tie(torch.cat([blocks, incoming], 1))
-            filters = blocks[:, :1].expand(groups, out.shape[1] // groups).reshape(-1) if transposed else whole
+            mode.tie(torch.cat([whole.reshape(groups, -1), x_label.reshape(groups, -1)], 1))
+        if transposed and whole is not None:
+            filters = whole.reshape(groups, -1)[:, :1].expand(groups, out.shape[1] // groups).reshape(-1)
+        else:
+            filters = whole
     if isinstance(bias, torch.Tensor):
         mode.bind(filters, mode.channels(bias, 0), f"bias of {mode.where()!r}")
-    mode.applied(filters, out.shape[1], contracted)
-    mode.set(out, slot_at(filters, out.ndim, 1))
+    mode.applied(filters, out.shape[1], contracted, mode.why(weight))
+    mode.emit(out, 1, filters)
     return [mode.channels(weight, 0), mode.channels(weight, 1)]
 
 
@@ -691,11 +744,11 @@ def matmul(mode, func, args, kwargs, out):
     added = args[0] if func.overloadpacket in (aten.addmm, aten.baddbmm) else None
     x, w = args[1:3] if added is not None else args[:2]
     x_label, inputs, rows, filters = (mode.channels(*t) for t in ((x, -1), (w, -2), (x, -2), (w, -1)))
-    mode.bind(x_label, inputs, "the model's input, or a value without labels")
+    mode.bind(x_label, inputs, mode.why(x if x_label is None else w))
     if x.ndim == 3:
         for t in (x, w):
             mode.freeze_all(t, f"{func.overloadpacket} in {mode.where()!r} is batched over labels", dims=(0,))
-    mode.applied(filters, w.shape[-1], x_label)
+    mode.applied(filters, w.shape[-1], x_label, mode.why(w))
     mode.set(out, (*slot_at(rows, out.ndim, -2), *slot_at(filters, out.ndim, -1)))
     if added is not None:
         mode.set(out, mode.meet([added, out], out.shape))
@@ -717,7 +770,7 @@ RULES = {
     **_rules(movement, "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "expand", "squeeze", "unsqueeze"),
     **_rules(movement, "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "repeat", "flip"),
     **_rules(part, "slice", "select", "narrow", "index_select"),
-    **_rules(split, "split", "split_with_sizes", "chunk", "unbind"),
+    **_rules(split, "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "unbind"),
     **_rules(cat, "cat"),
     **_rules(stack, "stack"),
     **_rules(pad, "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d"),
@@ -734,9 +787,56 @@ RULES = {
     **_rules(batch_norm, "_batch_norm_with_update", "cudnn_batch_norm", "miopen_batch_norm"),
     **_rules(group_norm, "native_group_norm"),
     **_rules(layer_norm, "native_layer_norm"),
+    **_rules(weight_norm, "_weight_norm_interface"),
+    **_rules(statistic, "mv", "dot", "vdot", "linalg_householder_product"),
     **_rules(convolution, "convolution"),
     **_rules(matmul, "mm", "addmm", "bmm", "baddbmm"),
 }
+
+
+def trace_rule(op: str, like: str | None = None):
+    """Teach `trace` what an operator does to channels; explain() names those without a rule, whose channels stay.
+
+    op: "namespace::name". like: an operator with a rule that means the same for channels, in the same arguments:
+    "aten::relu" (element by element), "aten::avg_pool2d" (channel by channel), "aten::cat", ...:
+
+        taylored.trace_rule("mylib::swish", like="aten::silu")
+
+    Without it this is a decorator for a rule of one's own, called as rule(mode, func, args, kwargs, out) whenever the
+    operator func has made out of args, which sets the labels of out (labels are int64; equal ones live and die together):
+
+        @taylored.trace_rule("mylib::scale")  # x [N, C, ...] times one factor per channel [C]
+        def rule(mode, func, args, kwargs, out):
+            label = mode.channels(args[0], 1)  # [C], or None where x has no labels
+            mode.bind(label, mode.channels(args[1], 0), "scaled by constants")  # go together; alone, they stay, for that reason
+            mode.emit(out, 1, label)
+
+    mode.freeze_all(tensor, reason) keeps all channels of a tensor. A rule is believed: test it by comparing the model
+    within `masked` with the compacted one. Raises ValueError if there is no such operator, or like has no rule.
+    """
+    packet = _packet("op", op)
+    if like is None:
+        return functools.partial(_learn, packet)
+    source = _packet("like", like)
+    rule = RULES.get(source)
+    if rule is None and any(torch.Tag.pointwise in getattr(source, o).tags for o in source.overloads()):
+        rule = pointwise
+    if rule is None:
+        raise ValueError(f"like={like!r} is an operator without a rule")
+    return _learn(packet, rule)
+
+
+def _packet(argument, name):
+    namespace, _, op = name.partition("::")
+    packet = getattr(getattr(torch.ops, namespace, None), op, None) if op else None
+    if packet is None:
+        raise ValueError(f"{argument}={name!r} is no operator that torch knows; it is named like 'aten::relu'")
+    return packet
+
+
+def _learn(packet, rule):
+    RULES[packet] = rule
+    return rule
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -766,8 +866,8 @@ class Tracer(LabelMode):
     def counted(self, flops, dimensions):
         self.costs.append((flops, dimensions))
 
-    def applied(self, filters, count, contracted):
-        module, args = self.stack[-1] if self.stack else (None, ())
+    def applied(self, filters, count, contracted, unlabelled):
+        module, args, call = self.stack[-1] if self.stack else (None, (), -1)
         is_convolution = isinstance(module, CONVOLUTIONS)
         standard = isinstance(module, CONSUMERS) and args and isinstance(args[0], torch.Tensor)
         if contracted is not None and not (standard and self._takes(args[0], 1 if is_convolution else -1, contracted)):
@@ -782,7 +882,8 @@ class Tracer(LabelMode):
             (self.filters if pointwise_in_space else self.heads).append(filters)
         axis = 1 if is_convolution else -1
         positions = args[0].numel() // max(1, args[0].shape[0] * args[0].shape[axis])
-        self.applications.setdefault(self.where(), []).append((filters, count, contracted, is_convolution, axis, positions))
+        facts = (filters, count, unlabelled, contracted, is_convolution, axis, positions, call)
+        self.applications.setdefault(self.where(), []).append(facts)
 
     def _takes(self, x, axis, label):
         found = self.channels(x, axis)
@@ -1037,13 +1138,13 @@ def _build(model, tensors, tracer: Tracer, passes, offsets, total, evaluation) -
             frozen.setdefault(int(c), reason)
     layers = {}
     for name, calls in tracer.applications.items():
-        filters, count, _, is_convolution, axis, positions = calls[0]
-        inputs = next((of(c) for _, _, c, *_ in calls if c is not None), None)
-        positions = max(call[-1] for call in calls)
+        filters, count, unlabelled, _, is_convolution, axis, *_ = calls[0]
+        inputs = next((of(contracted) for *_, contracted, _, _, _, _ in calls if contracted is not None), None)
+        positions = max(positions for *_, positions, _ in calls)
+        often = len({call for *_, call in calls}) // len(passes) or 1  # a recurrent layer multiplies many times a call
         filters = np.full(count, FIXED) if filters is None else of(filters)
-        layers[name] = Layer(
-            name, filters, inputs, is_convolution, name in tracer.grouped, axis, positions, len(calls) // len(passes) or 1
-        )
+        grouped = name in tracer.grouped
+        layers[name] = Layer(name, filters, inputs, is_convolution, grouped, unlabelled, axis, positions, often)
 
     def mask(labels):
         found = np.zeros(total + 1, dtype=bool)  # the last one takes FIXED
@@ -1052,7 +1153,7 @@ def _build(model, tensors, tracer: Tracer, passes, offsets, total, evaluation) -
         return found[:-1]
 
     made, heads = mask(tracer.filters), mask(tracer.heads)
-    consumed = mask(c for calls in tracer.applications.values() for _, _, c, *_ in calls if c is not None)
+    consumed = mask(call[3] for calls in tracer.applications.values() for call in calls if call[3] is not None)
     for c in np.flatnonzero(heads & ~made):
         frozen.setdefault(int(c), "fully connected; trace(..., fully_connected=True) makes it removable")
     for c in np.flatnonzero(made & ~consumed):
