@@ -123,9 +123,17 @@ def test_one_unit_of_each_group_may_be_all_that_is_left(name):
 def test_one_group_of_a_group_norm_may_be_all_that_is_left():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1)).eval()
     x = torch.randn(2, 3, 5, 5)
-    graph = taylored.trace(model, x)
-    check_removal(model, x, graph, taylored.random_plan(graph, 0.5))
+    graph = trace(model, x)
+    check_removal(model, x, graph, random_plan(graph, 0.5))
     assert model[1].num_groups == 1
+
+
+def test_one_group_of_a_transposed_convolution_may_be_all_that_is_left():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 4, 2, 2, groups=2), nn.Tanh(), nn.Conv2d(4, 2, 1)).eval()
+    x = torch.randn(2, 3, 5, 5)
+    graph = trace(model, x)
+    check_removal(model, x, graph, random_plan(graph, 0.5))
+    assert model[1].groups == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

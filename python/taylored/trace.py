@@ -729,7 +729,9 @@ def convolution(mode, func, args, kwargs, out):
         else:
             mode.tie(torch.cat([whole.reshape(groups, -1), x_label.reshape(groups, -1)], 1))
         if transposed and whole is not None:
-            filters = whole.reshape(groups, -1)[:, :1].expand(groups, out.shape[1] // groups).reshape(-1)
+            # Any labels of the group will do; different ones, for those that are all the same are no labels (`compress`).
+            blocks = whole.reshape(groups, -1)
+            filters = blocks[:, torch.arange(out.shape[1] // groups) % blocks.shape[1]].reshape(-1)
         else:
             filters = whole
     if isinstance(bias, torch.Tensor):
