@@ -362,3 +362,26 @@ def test_unbinding_frames_leaves_their_channels_alone():
             return self.head(sum(self.second(frame.tanh()) for frame in self.first(x).unbind(2)).mean((2, 3)))
 
     assert check(Net(), torch.randn(2, 3, 4, 5, 5)).prunable_filters == 14
+
+
+def test_what_a_forward_pass_keeps_for_the_next_one_is_not_of_the_meta_device():
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.sizes, self.grids = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1), [], {}
+
+        def forward(self, x):
+            x = self.first(x)
+            if not hasattr(self, "last"):
+                self.last = x.new_ones(x.shape[-1])
+            self.sizes.append(x.new_ones(()))
+            grid = self.grids.setdefault(x.shape[-1], torch.arange(x.shape[-1], device=x.device))
+            return self.second(x.tanh() + grid + self.last)
+
+    model = Keeping()
+    graph = trace(model, nets.inputs())
+    assert model.sizes == [] and model.grids == {} and not hasattr(model, "last")
+    model(nets.inputs())
+    kept, sizes = model.last, model.sizes
+    assert check(model, nets.inputs()).units == graph.units and model.last is kept and model.sizes is sizes
+    assert not any(t.is_meta for t in (*model.sizes, *model.grids.values()))

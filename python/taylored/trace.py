@@ -1028,6 +1028,25 @@ def in_mode(model: nn.Module, training: bool):
             module.training = flag
 
 
+@contextlib.contextmanager
+def untouched(model: nn.Module):
+    """Afterwards the modules' own attributes are what they were: a forward pass may keep values (anchors, position biases, a
+    mask of the last size), and those of the meta device would be of no use to anybody."""
+    usual = vars(nn.Module()).keys() - {"training"}
+    before = {m: {key: value for key, value in vars(m).items() if key not in usual} for m in model.modules()}
+    contents = [(v, v.copy()) for values in before.values() for v in values.values() if isinstance(v, (list, dict))]
+    try:
+        yield
+    finally:
+        for module, values in before.items():
+            for key in vars(module).keys() - values.keys() - usual:
+                del module.__dict__[key]
+            module.__dict__.update(values)
+        for container, content in contents:
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(content)
+
+
 def run_pass(model, stand_ins, mode: LabelMode, training: bool, args, kwargs) -> Pass:
     """One forward pass under a label mode, with other tensors in the place of the model's own; freezes its outputs."""
     hooks = [
@@ -1040,7 +1059,7 @@ def run_pass(model, stand_ins, mode: LabelMode, training: bool, args, kwargs) ->
     try:
         if not mode.keep_real:
             args, kwargs = (tree_map_only(torch.Tensor, mode.to_meta, a) for a in (args, kwargs))
-        with in_mode(model, training), torch.no_grad(), rng, torch.compiler.set_stance("force_eager"), mode:
+        with untouched(model), in_mode(model, training), torch.no_grad(), rng, torch.compiler.set_stance("force_eager"), mode:
             output = torch.func.functional_call(model, stand_ins, args, kwargs)
     except TraceError:
         raise
