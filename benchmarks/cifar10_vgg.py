@@ -1,7 +1,7 @@
 """VGG16-BN at half its width, for 32x32 images, and its training on CIFAR-10: the network whose units the criteria are
 compared on. FOLDER has train/CLASS/* and test/CLASS/*.
 
-    python benchmarks/cifar10_vgg.py FOLDER weights.pth [--epochs 18]
+    python benchmarks/cifar10_vgg.py FOLDER weights.pth [--epochs 30]
     taylored rank --data FOLDER --model benchmarks/cifar10_vgg.py:vgg16_bn_half --weights weights.pth --image-size 32 --out DIR
 """
 
@@ -48,9 +48,9 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
     parser.add_argument("weights")
-    parser.add_argument("--epochs", type=int, default=18)
+    parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--lr", type=float, default=0.1)
     options = parser.parse_args()
     torch.manual_seed(0)
     (x, y), (test_x, test_y) = load(f"{options.folder}/train"), load(f"{options.folder}/test")
