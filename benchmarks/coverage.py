@@ -1,10 +1,16 @@
-"""Which models can be pruned, how much of them, and how exactly: torchvision's CNNs of every kind and timm's convolutional
-families. Each model, its normalisation statistics randomised, is traced; three random plans are applied to copies of it and
-compared with masking, max|compacted - masked| over max|masked| of all outputs. Beside it, where it is installed,
-Torch-Pruning 1.6.1 prunes 30% of every layer but the outputs of the same model, which then runs. Each model is measured in a
-process of its own; results are kept in FILE.json, and only what is missing there is measured.
+"""Which models can be pruned, how much of them, and how exactly: torchvision's and timm's convolutional families.
 
-    python benchmarks/coverage.py [--out docs/coverage.md] [--only PATTERN]
+Each model, its normalisation statistics randomised, is traced (median of three times); three random plans (20, 50 and
+80% of every group) are applied to copies of it, whose outputs are compared with those of the masked model:
+max|compacted - masked| / max|masked|, the worst of all outputs. Detectors are traced whole; as their post-processing picks
+other boxes where two are equal to the last digit, what is compared is the output of every head, on fixed boxes.
+
+Beside it, where it is installed, Torch-Pruning removes 30% of every layer but the outputs, at random; the result must
+run, and is compared with the original in which what was cut is zeroed at the inputs of the layers that lost it.
+Each measurement has a process of its own, and at most 300 seconds. Results are kept beside the table as JSON, and
+only what is missing there is measured, or what --only names.
+
+    OMP_NUM_THREADS=1 python benchmarks/coverage.py --out docs/coverage.md [--only PATTERN]
 """
 
 import argparse
@@ -25,215 +31,244 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import taylored
+from taylored.trace import CONVOLUTIONS
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from models import randomised
 
 TOLERANCE = 1e-4
-DETECTORS = "fasterrcnn_mobilenet_v3_large_320_fpn fasterrcnn_resnet50_fpn maskrcnn_resnet50_fpn keypointrcnn_resnet50_fpn " \
-    "retinanet_resnet50_fpn fcos_resnet50_fpn ssd300_vgg16 ssdlite320_mobilenet_v3_large"  # fmt: skip
+RATIOS = (0.2, 0.5, 0.8)
+TRANSFORMERS = "vit_b_16 swin_t maxvit_t mvit_v1_b swin3d_t"
 SEGMENTATION = "fcn_resnet50 deeplabv3_resnet50 deeplabv3_mobilenet_v3_large lraspp_mobilenet_v3_large"
-TIMM = """
-    resnet18 resnet50d seresnet50 skresnet18 ecaresnet26t resnest14d resnetaa50 resnetblur50 resnetv2_50 resnext26ts
-    gcresnet33ts wide_resnet50_2 regnetx_002 regnety_002 regnetz_b16 res2net50_14w_8s res2next50 dla34 dla60x
-    hrnet_w18_small vovnet39a ese_vovnet19b_dw cspresnet50 cspdarknet53 darknet53 nfnet_l0 eca_nfnet_l0 nf_resnet50
-    repvgg_a0 ghostnet_050 ghostnetv2_100 ghostnetv3_050 mixnet_s hardcorenas_a mobilenetv3_small_050
-    mobilenetv4_conv_small mobilenetv4_hybrid_medium efficientnet_b0 tf_efficientnetv2_b0 efficientnet_lite0
-    convnext_atto convnextv2_atto mobileone_s0 fastvit_t8 inception_next_atto inception_v4 inception_resnet_v2
-    legacy_xception xception41p selecsls42 tresnet_m rexnet_100 levit_128s levit_conv_128s densenet121 dpn48b
-    mnasnet_small semnasnet_075 fbnetc_100 lcnet_050 tinynet_e spnasnet_100 botnet26t_256 halonet26t lambda_resnet26t
-    visformer_tiny edgenext_xx_small mobilevit_xxs mobilevitv2_050 efficientformer_l1 efficientformerv2_s0
-    efficientvit_b0 efficientvit_m0 poolformer_s12 convmixer_768_32 repghostnet_050 repvit_m0_9 starnet_s1 hgnet_tiny
-    hgnetv2_b0 focalnet_tiny_srf tiny_vit_5m_224 vgg11_bn sequencer2d_s vit_tiny_patch16_224 deit_tiny_patch16_224
-    swin_tiny_patch4_window7_224 mixer_s32_224 davit_tiny maxvit_tiny_tf_224 nextvit_small
-"""
+DETECTION = """fasterrcnn_mobilenet_v3_large_320_fpn fasterrcnn_resnet50_fpn maskrcnn_resnet50_fpn keypointrcnn_resnet50_fpn
+    retinanet_resnet50_fpn fcos_resnet50_fpn ssd300_vgg16 ssdlite320_mobilenet_v3_large"""
+VIDEO, FLOW = "r3d_18 mc3_18 r2plus1d_18 s3d", "raft_small raft_large"
+TIMM = """resnet18 resnet50d seresnet50 skresnet18 ecaresnet26t resnest14d resnetaa50 resnetblur50 resnetv2_50 resnext26ts
+    gcresnet33ts wide_resnet50_2 regnetx_002 regnety_002 regnetz_b16 res2net50_14w_8s res2next50 dla34 dla60x hrnet_w18_small
+    vovnet39a ese_vovnet19b_dw cspresnet50 cspdarknet53 darknet53 nfnet_l0 eca_nfnet_l0 nf_resnet50 repvgg_a0 ghostnet_050
+    ghostnetv2_100 ghostnetv3_050 mixnet_s hardcorenas_a mobilenetv3_small_050 mobilenetv4_conv_small mobilenetv4_hybrid_medium
+    efficientnet_b0 tf_efficientnetv2_b0 efficientnet_lite0 convnext_atto convnextv2_atto mobileone_s0 fastvit_t8
+    inception_next_atto inception_v4 inception_resnet_v2 legacy_xception xception41p selecsls42 tresnet_m rexnet_100 levit_128s
+    levit_conv_128s densenet121 dpn48b mnasnet_small semnasnet_075 fbnetc_100 lcnet_050 tinynet_e spnasnet_100 botnet26t_256
+    halonet26t lambda_resnet26t visformer_tiny edgenext_xx_small mobilevit_xxs mobilevitv2_050 efficientformer_l1
+    efficientformerv2_s0 efficientvit_b0 efficientvit_m0 poolformer_s12 convmixer_768_32 repghostnet_050 repvit_m0_9 starnet_s1
+    hgnet_tiny hgnetv2_b0 focalnet_tiny_srf tiny_vit_5m_224 vgg11_bn sequencer2d_s vit_tiny_patch16_224 deit_tiny_patch16_224
+    swin_tiny_patch4_window7_224 mixer_s32_224 davit_tiny maxvit_tiny_tf_224 nextvit_small fasternet_t0 shvit_s1 swiftformer_xs
+    rdnet_tiny mambaout_femto nasnetalarge pnasnet5large"""
 
 
 def names():
     from torchvision import models
 
-    skipped = ("vit", "swin", "maxvit", "regnet_y_128gf")  # transformers, but for one of each; 2.6 GB
-    plain = [n for n in models.list_models(module=models) if not n.startswith(skipped)]
-    video = ["r3d_18", "mc3_18", "r2plus1d_18", "s3d"]
-    found = [*plain, "vit_b_16", "swin_t", "maxvit_t", *SEGMENTATION.split(), *DETECTORS.split(), *video, "mvit_v1_b", "swin3d_t"]
-    return [f"torchvision {n}" for n in (*found, "raft_small", "raft_large")] + [f"timm {n}" for n in TIMM.split()]
+    attention = ("vit", "swin", "maxvit", "regnet_y_128gf")  # one of each is listed below; regnet_y_128gf has 2.6 GB
+    found = [n for n in models.list_models(module=models) if not n.startswith(attention)]
+    found += " ".join((SEGMENTATION, DETECTION, VIDEO, FLOW, TRANSFORMERS)).split()
+    return [f"torchvision {n}" for n in found] + [f"timm {n}" for n in TIMM.split()]
 
 
 class Heads(nn.Module):
-    """A detector up to what its heads say of every anchor: what follows picks the best boxes, and picks differently where
-    two are equal to the last digit."""
+    """What the heads of a detector say, those for regions of interest on fixed boxes."""
 
     def __init__(self, detector):
         super().__init__()
         self.detector = detector
 
-    def forward(self, *images):
-        said = []
-        parts = [m for m in self.detector.modules() if type(m).__name__.endswith(("Head", "Predictor", "KeypointRCNNHeads"))]
-        handles = [m.register_forward_hook(lambda _m, _args, output: said.append(output)) for m in parts]
-        try:
-            boxes = self.detector(list(images))
-        finally:
-            for handle in handles:
-                handle.remove()
-        return said or boxes
+    def forward(self, images):
+        maps = self.detector.backbone(images)
+        if not hasattr(self.detector, "rpn"):
+            return self.detector.head(list(maps.values()))
+        said, heads = [self.detector.rpn.head(list(maps.values()))], self.detector.roi_heads
+        boxes = [images.new_tensor([[8.0, 8.0, 120.0, 90.0], [0.0, 30.0, 60.0, 150.0]])] * len(images)
+        for kind in ("box", "mask", "keypoint"):
+            if (pool := getattr(heads, f"{kind}_roi_pool", None)) is not None:
+                regions = pool(maps, boxes, [tuple(images.shape[-2:])] * len(images))
+                said.append(getattr(heads, f"{kind}_predictor")(getattr(heads, f"{kind}_head")(regions)))
+        return said
 
 
 def build(source, name):
-    """(model, example inputs)."""
+    """The model, its inputs, and a module that gives the outputs to compare."""
     torch.manual_seed(0)
+    x = torch.randn(4, 3, 224, 224)
     if source == "timm":
         import timm
 
         model = timm.create_model(name)
-        size = model.default_cfg.get("fixed_input_size") and model.default_cfg["input_size"][-1]
-        size = size or (256 if name.startswith(("botnet", "halonet", "lambda", "mobilevit", "maxvit", "davit", "swin")) else 224)
-        return model, torch.randn(2, 3, size, size)
+        x = torch.randn(4, 3, *model.default_cfg["input_size"][1:]) if model.default_cfg.get("fixed_input_size") else x
+        x = torch.randn(4, 3, 256, 256) if name.startswith(("halonet", "mobilevit", "davit")) else x
+        return model, x, model
     from torchvision import models
 
-    if name in DETECTORS.split():
-        model = models.get_model(name, weights=None, weights_backbone=None)
-        return model, [torch.rand(3, 160, 160), torch.rand(3, 160, 160)]
-    if name.startswith("raft"):
-        return models.get_model(name, weights=None), (torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128))
-    if name in ("r3d_18", "mc3_18", "r2plus1d_18", "s3d"):
-        return models.get_model(name, weights=None), torch.randn(2, 3, 16, 64, 64)
-    if name in ("mvit_v1_b", "swin3d_t"):
-        return models.get_model(name, weights=None), torch.randn(1, 3, 16, 224, 224)
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    options |= {"weights_backbone": None} if name in SEGMENTATION.split() else {}
-    size = 299 if name == "inception_v3" else 128 if name in SEGMENTATION.split() else 224
-    return models.get_model(name, weights=None, **options), torch.randn(2, 3, size, size)
+    options |= {"weights_backbone": None} if name in f"{SEGMENTATION} {DETECTION}".split() else {}
+    options |= {"min_size": 160, "max_size": 160} if name in DETECTION.split() and "ssd" not in name else {}
+    model = models.get_model(name, weights=None, **options)
+    if name in DETECTION.split():
+        size = {"ssd300_vgg16": 300, "ssdlite320_mobilenet_v3_large": 320}.get(name, 160)
+        return model, torch.rand(4, 3, size, size), Heads(model)
+    if name in FLOW.split():
+        return model, (torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128)), model
+    sizes = {"inception_v3": (299, 299), **dict.fromkeys(SEGMENTATION.split(), (128, 128))}
+    sizes |= {"s3d": (16, 224, 224), **dict.fromkeys(("mvit_v1_b", "swin3d_t"), (16, 224, 224))}
+    sizes |= dict.fromkeys(("r3d_18", "mc3_18", "r2plus1d_18"), (8, 64, 64))
+    x = torch.randn(1 if len(sizes.get(name, ())) == 3 else 4, 3, *sizes.get(name, (224, 224)))
+    return model, x, model
 
 
-def randomise(model):
-    """Statistics and scales as training leaves them; layer scales of 1e-6 would hide their branch."""
-    for module in model.modules():
-        for key, low, high in (("weight", 0.8, 1.2), ("bias", -0.1, 0.1), ("running_mean", -0.1, 0.1), ("running_var", 0.8, 1.2)):
-            value = getattr(module, key, None)
-            if "Norm" in type(module).__name__ and isinstance(value, torch.Tensor) and value.is_floating_point():
-                nn.init.uniform_(value, low, high)
-    for name, parameter in model.named_parameters():
-        if re.search("layer_scale|gamma|skipinit", name):
-            nn.init.uniform_(parameter, 0.5, 1.5)
+class Unpacked(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs):
+        return self.model(*inputs) if isinstance(inputs, tuple) else self.model(inputs)
+
+
+def prepared(source, name):
+    warnings.simplefilter("ignore")
+    model, inputs, speaker = build(source, name)
+    randomised(Unpacked(speaker).eval(), inputs)
+    inputs = inputs if isinstance(inputs, tuple) else inputs[:2]
+    example = ([*inputs],) if isinstance(speaker, Heads) else inputs
+    return model, example, speaker, inputs
 
 
 def outputs(model, inputs):
     with torch.no_grad():
-        result = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-    return [t.double() for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+        return [t.double() for t in tree_leaves(Unpacked(model)(inputs)) if isinstance(t, torch.Tensor)]
+
+
+def difference(found, expected) -> float:
+    if [t.shape for t in found] != [t.shape for t in expected]:
+        return float("inf")
+    return max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in zip(found, expected, strict=True))
 
 
 def measure(source, name) -> dict:
-    warnings.simplefilter("ignore")
-    model, inputs = build(source, name)
-    randomise(model.eval())
-    if name in DETECTORS.split():
-        model, inputs = Heads(model).eval(), tuple(inputs)
-    example = inputs if isinstance(inputs, tuple) else inputs[:1]
+    model, example, speaker, inputs = prepared(source, name)
     times = []
     for _ in range(3):
         start = time.perf_counter()
         graph = taylored.trace(model, example)
         times.append(time.perf_counter() - start)
-        if times[-1] > 10:
-            break
     errors = []
-    for seed, ratio in enumerate((0.3, 0.5, 0.9)):
+    for seed, ratio in enumerate(RATIOS):
         plan = taylored.random_plan(graph, ratio, seed)
         with taylored.masked(model, graph, plan):
-            expected = outputs(model, inputs)
-        pruned = copy.deepcopy(model)
+            expected = outputs(speaker, inputs)
+        pruned, pruned_speaker = copy.deepcopy((model, speaker))
         taylored.compact(pruned, plan)
-        found = outputs(pruned, inputs)
-        if [t.shape for t in found] != [t.shape for t in expected]:
-            raise AssertionError(f"shapes differ: {[t.shape for t in found]} and {[t.shape for t in expected]}")
-        errors.append(
-            max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in zip(found, expected) if b.numel())
-        )
+        errors.append(difference(outputs(pruned_speaker, inputs), expected))
     reasons = collections.Counter()
     for layer in graph.layers.values():
         if layer.is_convolution:
-            for c in layer.filters:
-                if (reason := graph.frozen.get(int(c), layer.unlabelled if c < 0 else None)) is not None:
-                    reasons[re.sub(r" in '.*?'| '.*?'", "", reason)] += 1
-    share = graph.prunable_filters / max(graph.filters, 1)
-    row = {"units": graph.units, "filters": int(graph.filters), "share": float(share), "seconds": statistics.median(times)}
-    return row | {"error": max(errors), "reasons": reasons.most_common(2), "peer": peer(source, name)}
+            found = (graph.frozen.get(int(c), layer.unlabelled if c < 0 else None) for c in layer.filters)
+            reasons.update(re.sub(r"\S*/| in '.*?'| '.*?'|: taylored.*", "", r) for r in found if r is not None)
+    row = {"units": graph.units, "filters": graph.filters, "prunable": int(graph.prunable_filters)}
+    return row | {"seconds": statistics.median(times), "error": max(errors), "reasons": reasons.most_common(2)}
 
 
-def peer(source, name) -> str:
+def peer(source, name) -> dict:
     try:
         import torch_pruning as tp
     except ImportError:
-        return "-"
-    model, inputs = build(source, name)
+        return {}
+    _, _, model, inputs = prepared(source, name)
+    original, alive = copy.deepcopy(model), {}
+    expected = outputs(model, inputs)
+    layers = {m: n for n, m in model.named_modules() if isinstance(m, (*CONVOLUTIONS, nn.Linear))}
+    widths = {t.shape[d] for t in expected for d in (1, -1) if t.ndim > 1}
+    ignored = [m for m in layers if getattr(m, "out_features", getattr(m, "out_channels", None)) in widths]
     try:
-        before = outputs(model.eval(), inputs)
         importance = tp.importance.RandomImportance()
-        widths = {t.shape[1] for t in before if t.ndim > 1}
-        ignored = [m for m in model.modules() if getattr(m, "out_features", getattr(m, "out_channels", None)) in widths]
-        tp.pruner.BasePruner(model, inputs, importance, pruning_ratio=0.3, ignored_layers=ignored).step()
-        after = outputs(model, inputs)
+        pruner = tp.pruner.BasePruner(Unpacked(model), {"inputs": inputs}, importance, pruning_ratio=0.3, ignored_layers=ignored)
+        for group in pruner.step(interactive=True):
+            for dependency, indices in group:
+                layer = dependency.target.module
+                if layer in layers and pruner.DG.is_in_channel_pruning_fn(dependency.handler):
+                    size = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+                    left = alive.setdefault(layers[layer], list(range(size)))
+                    alive[layers[layer]] = [c for i, c in enumerate(left) if i not in set(indices)]
+            group.prune()
+        found = outputs(model, inputs)
     except Exception as error:  # whatever it is, it is the finding
-        return f"fails: {type(error).__name__}"
-    return "runs" if [t.shape for t in before] == [t.shape for t in after] else "outputs change shape"
+        return {"peer": f"fails: {type(error).__name__}"}
+    for layer, left in alive.items():
+        original.get_submodule(layer).register_forward_pre_hook(zeroing(left))
+    return {"peer": "runs", "peer_error": difference(found, outputs(original, inputs))}
+
+
+def zeroing(left):
+    def hook(module, args):
+        x = args[0].movedim(-1 if isinstance(module, nn.Linear) else 1, 0)
+        kept = torch.zeros_like(x)
+        kept[left] = x[left]
+        return kept.movedim(0, -1 if isinstance(module, nn.Linear) else 1)
+
+    return hook
+
+
+def apart(kind, name) -> dict:
+    """The result of one measurement in a process of its own."""
+    try:
+        done = subprocess.run([sys.executable, __file__, kind, *name.split()], capture_output=True, text=True, timeout=300)
+    except subprocess.TimeoutExpired:
+        return {kind: "fails: not done in 300 s"}
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    last = next((e for e in reversed(done.stderr.splitlines()) if re.match(r"[\w.]+: ", e)), f"exit {done.returncode}")
+    return {kind: f"fails: {last[:300]}"}
 
 
 def table(results) -> str:
     ok = [r for r in results.values() if "error" in r]
-    shares = [r["share"] for r in ok if r["filters"]]
     exact = sum(r["error"] <= TOLERANCE for r in ok)
+    shares, times = [r["prunable"] / r["filters"] for r in ok if r["filters"]], [r["seconds"] for r in ok]
+    peers = [r for r in results.values() if "peer" in r]
+    ran, same = sum(r["peer"] == "runs" for r in peers), sum(r.get("peer_error", 1) <= TOLERANCE for r in peers)
     lines = [
-        "# Coverage",
+        "# Which models can be pruned",
         "",
-        f"{len(results)} models: {len(ok)} trace and compact, {exact} of them exactly (to {TOLERANCE:g}); of the median model "
-        f"{statistics.median(shares):.1%} of the convolutions' filters can be removed, "
-        f"of {sum(s >= 0.9 for s in shares)} models at least 90%. "
-        f"Tracing takes {max(r['seconds'] for r in ok):.2f} s at most.",
+        f"{len(results)} models: {len(ok)} trace and compact, {exact} of them exactly (to {TOLERANCE:g}). Of the median model "
+        f"{statistics.median(shares):.1%} of the convolutions' filters can be removed; of {sum(s >= 0.9 for s in shares)} models "
+        f"at least 90%. A trace takes {statistics.median(times):.2f} s in the median and {max(times):.2f} s at most. Torch-Pruning "
+        f"1.6.1 was tried on {len(peers)}: {ran} run, {same} of them exactly.",
         "",
-        "Made by `python benchmarks/coverage.py`, which says how (one thread of a 2-core AMD EPYC, "
-        f"torch {torch.__version__.split('+')[0]}). Error: the worst of three random plans. "
-        "Torch-Pruning 1.6.1: whether the model runs after it pruned 30% of every layer but the outputs; whether what is "
-        "left is right was not looked at.",
+        f"Made by `python benchmarks/coverage.py`, which says how (one CPU thread, torch {torch.__version__.split('+')[0]}). "
+        "Error: the worst of three random plans. Torch-Pruning: whether the model runs with 30% of every layer but the "
+        "outputs gone, and how far it is from the original with the same channels zeroed.",
         "",
         "| model | units | prunable | trace, s | error | Torch-Pruning | most filters that stay, stay because |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| --- | ---: | ---: | ---: | ---: | --- | --- |",
     ]
     for name, r in results.items():
+        theirs = r.get("peer", "") + (f", {r['peer_error']:.0e}" if "peer_error" in r else "")
+        cells = ["", "", "", r.get("measure", "")]
         if "error" in r:
-            why = "; ".join(f"{reason} ({count})" for reason, count in r["reasons"])
-            cells = [r["units"], f"{r['share']:.1%}", f"{r['seconds']:.2f}", f"{r['error']:.0e}", r["peer"], why]
-        else:
-            cells = ["", "", "", r["failure"], r.get("peer", "-"), ""]
-        lines.append("| " + " | ".join([name, *map(str, cells)]) + " |")
+            cells = [r["units"], f"{r['prunable'] / max(r['filters'], 1):.1%}", f"{r['seconds']:.2f}", f"{r['error']:.0e}"]
+        why = "; ".join(f"{reason} ({count})" for reason, count in r.get("reasons", ()))
+        lines.append("| " + " | ".join([name, *map(str, cells), theirs, why]) + " |")
     return "\n".join(lines) + "\n"
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", default="docs/coverage.md")
-    parser.add_argument("--only", default="*")
-    parser.add_argument("--one", nargs=2)
-    options = parser.parse_args()
-    if options.one:
-        print("RESULT " + json.dumps(measure(*options.one)))
+    if sys.argv[1] in ("measure", "peer"):
+        print(json.dumps(globals()[sys.argv[1]](*sys.argv[2:])))
         return
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--only")
+    parser.add_argument("--without-peer", action="store_true", help="keep what is known of Torch-Pruning")
+    options = parser.parse_args()
     kept = Path(options.out).with_suffix(".json")
     results = json.loads(kept.read_text()) if kept.exists() else {}
-    for name in fnmatch.filter(names(), options.only):
-        if name in results and options.only == "*":
-            continue
-        command = [sys.executable, __file__, "--one", *name.split()]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-            line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
-            last = (done.stderr.strip().splitlines() or ["killed"])[-1]
-            results[name] = json.loads(line[7:]) if line else {"failure": last[:160]}
-        except subprocess.TimeoutExpired:
-            results[name] = {"failure": "not done after 300 s"}
-        print(name, {k: v for k, v in results[name].items() if k != "reasons"}, flush=True)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(results, indent=1))
-    ordered = {name: results[name] for name in names() if name in results}
-    Path(options.out).write_text(table(ordered))
+    for name in fnmatch.filter(names(), options.only or "*"):
+        if options.only or name not in results:
+            old = {k: v for k, v in results.get(name, {}).items() if k.startswith("peer")}
+            results[name] = apart("measure", name) | (old if options.without_peer else apart("peer", name))
+            print(name, results[name], flush=True)
+            kept.write_text(json.dumps(results, indent=1))
+    Path(options.out).write_text(table({name: results[name] for name in names() if name in results}))
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def randomised(model, x=None):
                 if module.bias is not None:
                     module.bias.normal_(0, 0.1)
         for name, parameter in model.named_parameters():
-            if "layer_scale" in name:
+            if "layer_scale" in name or name.endswith(("gamma", "skipinit_gain")):
                 parameter.uniform_(0.5, 1.5)
         if x is not None:
             model.eval()
