@@ -231,8 +231,8 @@ def table(results) -> str:
         "",
         f"{len(results)} models: {len(ok)} trace and compact, {exact} of them exactly (to {TOLERANCE:g}). Of the median model "
         f"{statistics.median(shares):.1%} of the convolutions' filters can be removed; of {sum(s >= 0.9 for s in shares)} models "
-        f"at least 90%. A trace takes {statistics.median(times):.2f} s in the median and {max(times):.2f} s at most. Torch-Pruning "
-        f"1.6.1 was tried on {len(peers)}: {ran} run, {same} of them exactly.",
+        f"at least 90%. A trace takes {statistics.median(times):.2f} s in the median and {max(times):.2f} s at most. "
+        f"Torch-Pruning 1.6.1 was tried on {len(peers)}: {ran} run, {same} of them exactly.",
         "",
         f"Made by `python benchmarks/coverage.py`, which says how (one CPU thread, torch {torch.__version__.split('+')[0]}). "
         "Error: the worst of three random plans. Torch-Pruning: whether the model runs with 30% of every layer but the "

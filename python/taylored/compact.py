@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 
-import numpy as np
 import torch
 from torch import distributed as dist
 from torch import nn
@@ -20,17 +19,14 @@ from torch import nn
 from taylored import ops
 from taylored.plan import PlanError, PrunePlan
 from taylored.trace import (
-    FIXED,
     ChannelGraph,
-    LabelMode,
+    Rehearsal,
     TraceError,
     check_fit,
     complement,
     data_parallel,
-    line_at_fault,
     named_tensors,
-    run_pass,
-    slot_at,
+    size_attributes,
     unwrapped,
     zeroed,
 )
@@ -175,7 +171,10 @@ class _Work:
             mine = tensors if twin is model else twin if isinstance(twin, dict) else named_tensors(twin)
             self.jobs += _jobs(plan, mine, what, cut)
             if isinstance(twin, nn.Module):
-                self.modules += [(f"{what}: {name}", *found) for name, *found in _attributes(twin, plan)]
+                self.modules += [
+                    (f"{what}: {name}", *found)
+                    for name, *found in size_attributes(twin, plan.shapes, {name: plan.shape_after(name) for name in plan.shapes})
+                ]
         names = {id(t): name for name, t in tensors.items()}
         self.optimizers = [] if optimizer is None else list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
         for number, opt in enumerate(self.optimizers):
@@ -324,68 +323,6 @@ def _compact_flat(tensor, stretches, chunk=1 << 17):
     tensor.data = tensor.data[:target]
 
 
-# The tensor that shows a module's sizes; weight norm, as a parametrization or a hook, gives it other names.
-WEIGHTS = ("weight", "parametrizations.weight.original1", "weight_v", "weight_ih_l0", "running_mean")
-
-
-def _attributes(model, plan) -> list[tuple[str, nn.Module, dict[str, int]]]:
-    """What modules say about their own sizes, as it will be, by their names."""
-    found = []
-    for prefix, module in model.named_modules():
-        names = (f"{prefix}.{local}" if prefix else local for local in WEIGHTS)
-        name = next((name for name in names if name in plan.shapes), None)
-        if name is None:
-            continue
-        old, new = plan.shapes[name], plan.shape_after(name)
-        if isinstance(module, nn.modules.conv._ConvNd):
-            groups = module.groups * new[0] // old[0] if module.groups > 1 else 1
-            first, second = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
-            values = {first: new[0], second: new[1] * groups, "groups": groups}
-        elif isinstance(module, nn.Linear):
-            values = {"in_features": new[1], "out_features": new[0]}
-        elif isinstance(module, nn.RNNBase):
-            values = {"input_size": new[1]}
-        elif isinstance(module, nn.modules.batchnorm._NormBase):
-            values = {"num_features": new[0]}
-        elif isinstance(module, nn.GroupNorm):
-            values = {"num_channels": new[0], "num_groups": module.num_groups * new[0] // old[0]}
-        elif isinstance(module, nn.PReLU):
-            values = {"num_parameters": new[0]}
-        else:
-            continue
-        found.append((prefix, module, values))
-    return found
-
-
-class Rehearsal(LabelMode):
-    """Runs the model as it will be. Every slot has a label of its own, and a component of the trace: only slots of one
-    component may meet. (The components themselves would not do for labels: where one unit is left they are all the same.)"""
-
-    planned = True
-
-    def __init__(self, module_names, graph, components):
-        super().__init__(module_names)
-        self.frozen = graph.frozen
-        self.grouped = {name for name, layer in graph.layers.items() if layer.is_grouped}
-        self.components = components  # by label; label FIXED is the last one's
-        self.flops = 0
-
-    def unite(self, a, b):
-        a, b = self.components[a.reshape(-1)], self.components[b.reshape(-1)]
-        if bool(((a != b) & (a != FIXED) & (b != FIXED)).any()):
-            self.fail("channels that do not belong together meet")
-
-    def freeze(self, label, reason):
-        if any(int(c) not in self.frozen for c in self.components[label.reshape(-1)].unique() if c != FIXED):
-            self.fail(reason)
-
-    def counted(self, flops, dimensions):
-        self.flops += flops
-
-    def fail(self, why):
-        raise TraceError(f"{line_at_fault()}: {why}")
-
-
 def rehearse(model: nn.Module, plan: PrunePlan) -> None:
     """Run the planned model on the meta device: shapes, labels and FLOPs must come out as planned. Changes nothing.
 
@@ -396,45 +333,17 @@ def rehearse(model: nn.Module, plan: PrunePlan) -> None:
         check_fit(graph, model)
     except ValueError as error:
         raise PlanError(f"the plan does not fit model: {error}") from error
-    after = graph.after(plan.removed)
-    attributes = _attributes(model, plan)
-    before = [(module, {name: getattr(module, name) for name in values}) for _, module, values in attributes]
-    try:
-        for _, module, values in attributes:
-            module.__dict__.update(values)
-        # A dimension of size 1 carries no labels: where a single channel is left, shapes and FLOPs alone are compared.
-        labelled = all(len(c) > 1 for c in after.components.values())
-        ends = itertools.accumulate(len(c) for c in after.components.values())
-        labels_of = {key: torch.arange(end - len(c), end) for (key, c), end in zip(after.components.items(), ends, strict=True)}
-        components = torch.from_numpy(np.concatenate([*after.components.values(), [FIXED]]))
-        for traced in graph.passes:
-            mode = Rehearsal({id(m): name for name, m in model.named_modules()}, graph, components)
-            mode.keep_real = traced.real
-            stand_ins = {}
-            for name, tensor in named_tensors(model).items():
-                stand_ins[name] = torch.zeros(
-                    after.shapes[name], dtype=graph.dtypes[name], device=tensor.device if traced.real else "meta"
-                )
-                labels = [
-                    slot_at(labels_of[name, d], tensor.ndim, d) for d in range(tensor.ndim) if labelled and (name, d) in labels_of
-                ]
-                mode.set(stand_ins[name], [x for label in labels for x in label])
-            try:
-                outputs = run_pass(model, stand_ins, mode, traced.training, traced.args, traced.kwargs).outputs
-            except TraceError as error:
-                converted = [n for n, t in named_tensors(model).items() if t.dtype != graph.dtypes[n]]
-                why = f"{converted[0]!r} changed its type since: trace it anew" if converted else "is a channel count hard-coded?"
-                raise TraceError(f"the model does not run with fewer channels ({why}): {error}") from error
-            if outputs != traced.outputs:
-                raise TraceError(
-                    f"with fewer channels the model's outputs would change shape from {traced.outputs} to {outputs}: "
-                    "does its forward hard-code a channel count?"
-                )
-            if not traced.training and mode.flops != plan.flops[1]:
-                raise TraceError(f"with fewer channels the model takes {mode.flops} FLOPs, {plan.flops[1]} were planned")
-    finally:
-        for module, values in before:
-            module.__dict__.update(values)
+    for traced in graph.passes:
+        mode = Rehearsal(model, graph, plan.removed)
+        try:
+            mode.run(model, traced)
+        except TraceError as error:
+            converted = [n for n, t in named_tensors(model).items() if t.dtype != graph.dtypes[n]]
+            if not converted:
+                raise
+            raise TraceError(f"{converted[0]!r} changed its type since: trace it anew") from error
+        if not traced.training and not traced.dynamic and mode.flops != plan.flops[1]:
+            raise TraceError(f"with fewer channels the model takes {mode.flops} FLOPs, {plan.flops[1]} were planned")
 
 
 @contextlib.contextmanager

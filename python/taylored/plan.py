@@ -53,17 +53,13 @@ class PrunePlan:
             raise PlanError(f"removed names {sorted(unknown)}, which are no groups of the graph")
         removed = {name: torch.as_tensor(units, dtype=torch.int64).unique() for name, units in removed.items()}
         removed = {g.name: removed[g.name] for g in graph.groups if len(removed.get(g.name, ()))}
-        lost: dict[tuple[str, int], list[torch.Tensor]] = {}
         for name, units in removed.items():
             group = graph.group(name)
             if units[0] < 0 or units[-1] >= group.units:
                 raise PlanError(f"removed[{name!r}] has an index outside of the group's {group.units} units")
             if len(units) == group.units:
                 raise PlanError(f"removed[{name!r}] leaves none of the group's {group.units} units")
-            for key, slots in group.slots.items():
-                lost.setdefault(key, []).append(slots[units].flatten())
-        keep = {(t, d): complement(torch.cat(gone), graph.shapes[t][d]) for (t, d), gone in lost.items()}
-        after = graph.after(removed)
+        keep, after = graph.keep(removed), graph.after(removed)
         return cls(
             removed=removed,
             keep=keep,

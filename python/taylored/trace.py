@@ -190,6 +190,20 @@ class ChannelGraph:
         lines += [f"{n:{width}}  {f:7}  {p:8}  {g:{group_width}}  {w}".rstrip() for n, f, p, g, w in rows]
         return "\n".join([repr(self), *lines])
 
+    def members(self, group: Group) -> list[int]:
+        """The components that are a group's units."""
+        key, slots = next(iter(group.slots.items()))
+        return self.components[key][slots[:, 0].numpy()].tolist()
+
+    def keep(self, removed: dict[str, torch.Tensor]) -> dict[tuple[str, int], torch.Tensor]:
+        """For every (tensor name, dimension) that loses something with the given units (group name -> unit indices), the
+        indices that stay."""
+        lost: dict[tuple[str, int], list[torch.Tensor]] = {}
+        for name, units in removed.items():
+            for key, slots in self.group(name).slots.items():
+                lost.setdefault(key, []).append(slots[units].flatten())
+        return {(t, d): complement(torch.cat(gone), self.shapes[t][d]) for (t, d), gone in lost.items()}
+
     def after(self, removed: dict[str, torch.Tensor]) -> "ChannelGraph":
         """The graph of the model once the given units (group name -> unit indices) are gone."""
         gone = np.zeros(1 + max((int(c.max(initial=0)) for c in self.components.values()), default=0), dtype=bool)
@@ -245,10 +259,11 @@ def complement(indices, size: int) -> torch.Tensor:
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pass:
     """One forward pass that was traced: its mode, its inputs (meta tensors, unless it had to run for real) and the
-    shapes of its outputs."""
+    shapes of its outputs; dynamic: whether these depend on its data."""
 
     training: bool
     real: bool
+    dynamic: bool
     args: tuple
     kwargs: dict
     outputs: list
@@ -294,6 +309,7 @@ class LabelMode(TorchDispatchMode):
         self.owned: set[int] = set()  # the model's own tensors, and those of them that an op has used
         self.seen: set[int] = set()
         self.keep_real = False  # run on the model's device, not on meta
+        self.dynamic = False  # whether an op's shape depended on its data
 
     def unite(self, a: torch.Tensor, b: torch.Tensor) -> None:
         raise NotImplementedError
@@ -363,6 +379,7 @@ class LabelMode(TorchDispatchMode):
             kwargs["device"] = torch.device("meta")
         out = func(*args, **kwargs)
         packet = func.overloadpacket
+        self.dynamic |= torch.Tag.dynamic_output_shape in func.tags
         rule = RULES.get(packet)
         if rule is None and torch.Tag.pointwise in func.tags:
             rule = pointwise
@@ -918,7 +935,12 @@ def trace(model: nn.Module, example_inputs, *, fully_connected: bool = False) ->
                 run = _run(model, tensors, args, kwargs, fully_connected, real=True)
             except TraceError as error:
                 raise error from on_meta
-        return _build(model, tensors, *run)
+        rigid: dict[int, str] = {}
+        graph = _build(model, tensors, *run, rigid)
+        while found := _rigid(model, graph):
+            rigid |= found
+            graph = _build(model, tensors, *run, rigid)
+        return graph
 
 
 def as_arguments(example_inputs) -> tuple[tuple, dict]:
@@ -1073,7 +1095,7 @@ def run_pass(model, stand_ins, mode: LabelMode, training: bool, args, kwargs) ->
         mode.freeze_all(tensor, "the model's output")
     if not mode.keep_real:
         args, kwargs = (tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device="meta"), a) for a in (args, kwargs))
-    return Pass(training, mode.keep_real, args, kwargs, [tuple(t.shape) for t in outputs])
+    return Pass(training, mode.keep_real, mode.dynamic, args, kwargs, [tuple(t.shape) for t in outputs])
 
 
 @contextlib.contextmanager
@@ -1141,7 +1163,152 @@ def _walk(link, attribute):
         link = getattr(link, attribute)
 
 
-def _build(model, tensors, tracer: Tracer, passes, offsets, total, evaluation) -> ChannelGraph:
+# The tensor that shows a module's sizes; weight norm, as a parametrization or a hook, gives it other names.
+WEIGHTS = ("weight", "parametrizations.weight.original1", "weight_v", "weight_ih_l0", "running_mean")
+
+
+def size_attributes(model, before, after) -> list[tuple[str, nn.Module, dict[str, int]]]:
+    """What modules say about their own sizes, as it will be, by their names.
+
+    before, after: the shapes of the tensors that change."""
+    found = []
+    for prefix, module in model.named_modules():
+        names = (f"{prefix}.{local}" if prefix else local for local in WEIGHTS)
+        name = next((name for name in names if name in before), None)
+        if name is None:
+            continue
+        old, new = before[name], after[name]
+        if isinstance(module, nn.modules.conv._ConvNd):
+            groups = module.groups * new[0] // old[0] if module.groups > 1 else 1
+            first, second = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
+            values = {first: new[0], second: new[1] * groups, "groups": groups}
+        elif isinstance(module, nn.Linear):
+            values = {"in_features": new[1], "out_features": new[0]}
+        elif isinstance(module, nn.RNNBase):
+            values = {"input_size": new[1]}
+        elif isinstance(module, nn.modules.batchnorm._NormBase):
+            values = {"num_features": new[0]}
+        elif isinstance(module, nn.GroupNorm):
+            values = {"num_channels": new[0], "num_groups": module.num_groups * new[0] // old[0]}
+        elif isinstance(module, nn.PReLU):
+            values = {"num_parameters": new[0]}
+        else:
+            continue
+        found.append((prefix, module, values))
+    return found
+
+
+class Rehearsal(LabelMode):
+    """Runs the model as it will be without some units. Every slot has a label of its own, and a component of the trace: only
+    slots of one component may meet. (The components themselves would not do for labels: where one unit is left they are all
+    the same.) Where a single channel is left, or labelled is False, shapes and FLOPs alone are found."""
+
+    planned = True
+
+    def __init__(self, model, graph: ChannelGraph, removed: dict[str, torch.Tensor], labelled: bool = True):
+        super().__init__({id(m): name for name, m in model.named_modules()})
+        self.graph, self.keep, after = graph, graph.keep(removed), graph.after(removed)
+        self.grouped = {name for name, layer in graph.layers.items() if layer.is_grouped}
+        self.components = torch.from_numpy(np.concatenate([*after.components.values(), [FIXED]]))  # by label; FIXED is the last
+        self.after, self.labelled = after, labelled and all(len(c) > 1 for c in after.components.values())
+        self.flops = 0
+        self.blamed: set[int] = set()  # the components that met at the fault
+
+    def run(self, model, traced: Pass) -> None:
+        """Raises TraceError with the file and line of the forward that does not follow its input's number of channels."""
+        self.keep_real = traced.real
+        ends = itertools.accumulate(len(c) for c in self.after.components.values())
+        labels = {key: torch.arange(e - len(c), e) for (key, c), e in zip(self.after.components.items(), ends, strict=True)}
+        stand_ins = {name: self.smaller(name, tensor) for name, tensor in named_tensors(model).items()}
+        for name, tensor in stand_ins.items():
+            mine = [(d, labels[name, d]) for d in range(tensor.ndim) if self.labelled and (name, d) in labels]
+            self.set(tensor, itertools.chain.from_iterable(slot_at(label, tensor.ndim, d) for d, label in mine))
+        attributes = size_attributes(model, {name: self.graph.shapes[name] for name, _ in self.keep}, self.after.shapes)
+        before = [(module, {name: getattr(module, name) for name in values}) for _, module, values in attributes]
+        try:
+            for _, module, values in attributes:
+                module.__dict__.update(values)
+            outputs = run_pass(model, stand_ins, self, traced.training, traced.args, traced.kwargs).outputs
+        except TraceError as error:
+            raise TraceError(f"the model does not run with fewer channels (is a channel count hard-coded?): {error}") from error
+        finally:
+            for module, values in before:
+                module.__dict__.update(values)
+        dynamic = traced.dynamic or self.dynamic
+        if [len(s) for s in outputs] != [len(s) for s in traced.outputs] or (not dynamic and outputs != traced.outputs):
+            raise TraceError(
+                f"with fewer channels the model's outputs would change shape from {traced.outputs} to {outputs}: "
+                "does its forward hard-code a channel count?"
+            )
+
+    def smaller(self, name, tensor):
+        """What is left of one of the model's tensors: its values where they matter, otherwise its shape."""
+        if not self.keep_real:
+            return torch.empty(self.after.shapes[name], dtype=self.graph.dtypes[name], device="meta")
+        tensor = tensor.detach().clone()
+        for d in range(tensor.ndim):
+            if (name, d) in self.keep:
+                tensor = tensor.index_select(d, self.keep[name, d].to(tensor.device))
+        return tensor
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        try:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        except Exception:
+            for tensor in () if self.blamed else tensors_of(args, kwargs or {}):
+                for label in self.get(tensor):
+                    self.blame(label)
+            raise
+
+    def unite(self, a, b):
+        a, b = self.components[a.reshape(-1)], self.components[b.reshape(-1)]
+        wrong = (a != b) & (a != FIXED) & (b != FIXED)
+        if bool(wrong.any()):
+            self.blamed.update(a[wrong].tolist(), b[wrong].tolist())
+            raise TraceError(f"{line_at_fault()}: channels that do not belong together meet")
+
+    def freeze(self, label, reason):
+        if self.blame(label):
+            raise TraceError(f"{line_at_fault()}: {reason}")
+
+    def blame(self, label) -> bool:
+        """Note which of the components in a label were free to go; whether there are any."""
+        found = {int(c) for c in self.components[label.reshape(-1)].unique()} - {FIXED} - self.graph.frozen.keys()
+        self.blamed |= found
+        return bool(found)
+
+    def counted(self, flops, dimensions):
+        self.flops += flops
+
+
+def _rigid(model, graph: ChannelGraph) -> dict[int, str]:
+    """The components that the model does not run without, and why: a forward that hard-codes their number."""
+
+    def without(groups, labelled):
+        """None, or what goes wrong when each of the groups has lost a unit, and where."""
+        removed = {g.name: torch.tensor([0]) for g in groups}
+        for traced in graph.passes:
+            mode = Rehearsal(model, graph, removed, labelled)
+            try:
+                mode.run(model, traced)
+            except TraceError as error:
+                return str(error), mode.blamed
+        return None
+
+    # Groups of which a single channel would be left are for the rehearsal of a plan: it could not be labelled.
+    groups = [g for g in graph.groups if all((g.units - 1) * s.shape[1] > 1 for s in g.slots.values())]
+    if not groups or without(groups, labelled=False) is None:
+        return {}
+    fault = without(groups, labelled=True)
+    if fault is None:
+        return {}
+    if fault[1]:
+        return dict.fromkeys(fault[1], fault[0])
+    alone = [(g, wrong[0]) for g in groups if (wrong := without([g], labelled=False)) is not None]
+    return {c: why for g, why in alone or [(g, fault[0]) for g in groups] for c in graph.members(g)}
+
+
+def _build(model, tensors, tracer: Tracer, passes, offsets, total, evaluation, rigid) -> ChannelGraph:
     a, b = (torch.cat(side).numpy() for side in zip(*tracer.edges, strict=True))
     half = (a == FIXED) != (b == FIXED)  # a slot without a unit met one with
     tracer.freeze(torch.from_numpy(np.maximum(a, b)[half]), "meets a padded channel")
@@ -1153,7 +1320,7 @@ def _build(model, tensors, tracer: Tracer, passes, offsets, total, evaluation) -
         return component[label.reshape(-1).numpy()]
 
     components = {key: component[start : start + tensors[key[0]].shape[key[1]]] for key, start in offsets.items()}
-    frozen: dict[int, str] = {}
+    frozen = dict(rigid)
     for label, reason in tracer.frozen:
         for c in np.unique(of(label)):
             frozen.setdefault(int(c), reason)
