@@ -447,22 +447,39 @@ class HardNoise(nn.Module):
 
 
 @pytest.mark.parametrize("net", [HardView, HardSplit, HardChannels, HardNoise])
-def test_a_hard_coded_channel_count_is_located_and_nothing_is_touched(net):
-    torch.manual_seed(0)
-    model, x = net(), nets.inputs()
-    optimizer = torch.optim.Adam(model.parameters())
-    model(x).sum().backward()
-    optimizer.step()
-    plan = random_plan(trace(model, x), 0.5)
-    before, state = nets.snapshot(model), copy.deepcopy(optimizer.state_dict())
+def test_a_hard_coded_channel_count_is_located_and_its_channels_stay(net):
+    model, x = net().eval(), nets.inputs()
+    graph = trace(model, x)
     with open(__file__) as file:
         lines = {n for n, line in enumerate(file, 1) if line.rstrip().endswith("# at fault")}
-    with pytest.raises(TraceError, match=r"test_compact\.py:\d+") as error:
-        compact(model, plan, optimizer=optimizer)
-    named = int(str(error.value).partition("test_compact.py:")[2].split(":")[0])
+    named = int(graph.explain("conv").partition("test_compact.py:")[2].split(":")[0])
     assert named in lines
-    assert nets.unchanged(before, model)
-    assert str(optimizer.state_dict()) == str(state)
+    assert not any("conv" in group.layers for group in graph.groups)
+    if graph.units:
+        check_removal(model, x, graph, random_plan(graph, 0.5))
+
+
+class Checked(nn.Module):
+    """Has two streams, and an assertion about one of them, in plain Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 6, 3)
+        self.one, self.two = nn.Conv2d(8, 5, 1), nn.Conv2d(6, 5, 1)
+
+    def forward(self, x):
+        left, right = self.left(x), self.right(x)
+        y = self.one(left) + self.two(right)
+        assert right.shape[1] == 6
+        return y
+
+
+def test_what_an_assertion_holds_fast_stays_alone():
+    model, x = Checked().eval(), nets.inputs()
+    graph = trace(model, x)
+    assert [group.layers for group in graph.groups] == [("left",)]
+    assert "AssertionError" in graph.explain("right")
+    check_removal(model, x, graph, random_plan(graph, 0.5))
 
 
 class Moody(nn.Module):

@@ -377,8 +377,10 @@ class LabelMode(TorchDispatchMode):
         kwargs = {k: self.to_meta(v) for k, v in kwargs.items()}
         if not self.keep_real and "device" in kwargs and kwargs["device"] is not None:
             kwargs["device"] = torch.device("meta")
-        out = func(*args, **kwargs)
         packet = func.overloadpacket
+        out = (
+            batch_norm_like(func, *args) if packet in BATCH_NORMS and not self.keep_real and not kwargs else func(*args, **kwargs)
+        )
         self.dynamic |= torch.Tag.dynamic_output_shape in func.tags
         rule = RULES.get(packet)
         if rule is None and torch.Tag.pointwise in func.tags:
@@ -662,6 +664,13 @@ def softmax(mode, func, args, kwargs, out):
     mode.set(out, mode.freeze_all(args[0], f"softmax over the channels in {mode.where()!r}", dims=(dim,)))
 
 
+def batch_norm_like(func, x, *others):
+    """What batch norm returns, in shape. (On the meta device torch computes it step by step, at half the time of a trace.)"""
+    if any(isinstance(t, torch.Tensor) and t.shape != x.shape[1:2] for t in others):
+        raise RuntimeError(f"{func}: {x.shape[1]} channels meet {[tuple(t.shape) for t in tensors_of(others, {})]}")
+    return (torch.empty_like(x), *(x.new_empty(x.shape[1]) for _ in func._schema.returns[1:]))
+
+
 def batch_norm(mode, func, args, kwargs, out):
     """One scale, shift, mean and variance per channel."""
     x = args[0]
@@ -779,6 +788,13 @@ def _rules(function, *names):
     return {packet: function for packet in packets if packet is not None}
 
 
+BATCH_NORMS = _rules(
+    batch_norm,
+    "native_batch_norm",
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_no_training",
+    "_batch_norm_with_update",
+)
 RULES = {
     **_rules(pointwise, "hardswish_", "hardswish", "copy_", "prelu", "_prelu_kernel", "rrelu_with_noise", "glu_jvp", "where"),
     **_rules(same, "clone", "detach", "alias", "lift_fresh", "_to_copy", "contiguous", "native_dropout", "empty_like"),
@@ -802,8 +818,8 @@ RULES = {
     **_rules(reduction, "mean", "sum", "amax", "amin", "var", "std", "var_mean", "std_mean", "max", "min", "norm"),
     **_rules(reduction, "linalg_vector_norm", "argmax", "argmin", "prod", "logsumexp", "all", "any"),
     **_rules(softmax, "_softmax", "_log_softmax"),
-    **_rules(batch_norm, "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
-    **_rules(batch_norm, "_batch_norm_with_update", "cudnn_batch_norm", "miopen_batch_norm"),
+    **BATCH_NORMS,
+    **_rules(batch_norm, "cudnn_batch_norm", "miopen_batch_norm"),
     **_rules(group_norm, "native_group_norm"),
     **_rules(layer_norm, "native_layer_norm"),
     **_rules(weight_norm, "_weight_norm_interface"),
@@ -1207,23 +1223,25 @@ class Rehearsal(LabelMode):
 
     def __init__(self, model, graph: ChannelGraph, removed: dict[str, torch.Tensor], labelled: bool = True):
         super().__init__({id(m): name for name, m in model.named_modules()})
-        self.graph, self.keep, after = graph, graph.keep(removed), graph.after(removed)
+        self.graph, self.keep = graph, graph.keep(removed)
+        left = {key: c[self.keep[key].numpy()] if key in self.keep else c for key, c in graph.components.items()}
         self.grouped = {name for name, layer in graph.layers.items() if layer.is_grouped}
-        self.components = torch.from_numpy(np.concatenate([*after.components.values(), [FIXED]]))  # by label; FIXED is the last
-        self.after, self.labelled = after, labelled and all(len(c) > 1 for c in after.components.values())
+        self.components = torch.from_numpy(np.concatenate([*left.values(), [FIXED]]))  # by label; FIXED is the last
+        self.sizes, self.labelled = {key: len(c) for key, c in left.items()}, labelled and all(len(c) > 1 for c in left.values())
+        self.shapes = {n: tuple(self.sizes.get((n, d), s) for d, s in enumerate(shape)) for n, shape in graph.shapes.items()}
         self.flops = 0
         self.blamed: set[int] = set()  # the components that met at the fault
 
     def run(self, model, traced: Pass) -> None:
         """Raises TraceError with the file and line of the forward that does not follow its input's number of channels."""
         self.keep_real = traced.real
-        ends = itertools.accumulate(len(c) for c in self.after.components.values())
-        labels = {key: torch.arange(e - len(c), e) for (key, c), e in zip(self.after.components.items(), ends, strict=True)}
+        ends = itertools.accumulate(self.sizes.values())
+        labels = {key: torch.arange(end - n, end) for (key, n), end in zip(self.sizes.items(), ends, strict=True)}
         stand_ins = {name: self.smaller(name, tensor) for name, tensor in named_tensors(model).items()}
         for name, tensor in stand_ins.items():
             mine = [(d, labels[name, d]) for d in range(tensor.ndim) if self.labelled and (name, d) in labels]
             self.set(tensor, itertools.chain.from_iterable(slot_at(label, tensor.ndim, d) for d, label in mine))
-        attributes = size_attributes(model, {name: self.graph.shapes[name] for name, _ in self.keep}, self.after.shapes)
+        attributes = size_attributes(model, {name: self.graph.shapes[name] for name, _ in self.keep}, self.shapes)
         before = [(module, {name: getattr(module, name) for name in values}) for _, module, values in attributes]
         try:
             for _, module, values in attributes:
@@ -1244,7 +1262,7 @@ class Rehearsal(LabelMode):
     def smaller(self, name, tensor):
         """What is left of one of the model's tensors: its values where they matter, otherwise its shape."""
         if not self.keep_real:
-            return torch.empty(self.after.shapes[name], dtype=self.graph.dtypes[name], device="meta")
+            return torch.empty(self.shapes[name], dtype=self.graph.dtypes[name], device="meta")
         tensor = tensor.detach().clone()
         for d in range(tensor.ndim):
             if (name, d) in self.keep:
@@ -1385,10 +1403,11 @@ def _group(units, components, layers, total) -> tuple[tuple[Group, ...], np.ndar
     for key, dimension in dimensions.items():
         position = np.flatnonzero(index[dimension] >= 0)
         unit = index[dimension[position]]
-        for g in np.flatnonzero(np.bincount(group_of[unit], minlength=len(first))):
-            mine = group_of[unit] == g
-            order = np.argsort(rank[unit[mine]], kind="stable")
-            slots[g][key] = torch.from_numpy(position[mine][order].reshape(sizes[g], -1))
+        position = position[np.lexsort((rank[unit], group_of[unit]))]
+        counts = np.bincount(group_of[unit], minlength=len(first))
+        present = np.flatnonzero(counts)
+        for g, mine in zip(present, np.split(position, np.cumsum(counts[present])[:-1]), strict=False):
+            slots[g][key] = torch.from_numpy(mine.reshape(sizes[g], -1))
     producers: list[list[str]] = [[] for _ in first]
     for name, layer in layers.items():
         unit = index[layer.filters]
