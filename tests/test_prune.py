@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from taylored import PlanError, TraceError, load, prune
+from taylored import PlanError, load, prune
 from taylored.checkpoint import CheckpointError
 from taylored.prune import updates
 

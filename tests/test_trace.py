@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
+from torchvision.ops import roi_align
 
 from taylored import TraceError, compact, masked, random_plan, trace
 
@@ -385,3 +386,31 @@ def test_what_a_forward_pass_keeps_for_the_next_one_is_not_of_the_meta_device():
     kept, sizes = model.last, model.sizes
     assert check(model, nets.inputs()).units == graph.units and model.last is kept and model.sizes is sizes
     assert not any(t.is_meta for t in (*model.sizes, *model.grids.values()))
+
+
+class Detector(nn.Module):
+    """Looks for boxes in its data, as many as there are, and pools within them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.score, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 1, 1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        y = self.stem(x)
+        found = (self.score(y)[0, 0] > 0).nonzero()
+        boxes = torch.cat([torch.zeros(len(found), 1), found - 1.0, found + 1.0], 1)
+        none = boxes[boxes[:, 1] > 100]
+        return self.head(roi_align(y, torch.cat([none, boxes]), 2).mean((2, 3)))
+
+
+def test_a_detector_that_finds_as_many_boxes_as_it_likes_is_pruned():
+    torch.manual_seed(0)
+    model, x = Detector().eval(), nets.inputs(1)
+    graph = trace(model, x)
+    assert [g.layers for g in graph.groups] == [("stem",)]
+    plan = random_plan(graph, 0.5)
+    with torch.no_grad():
+        with masked(model, graph, plan):
+            expected = model(x)
+        compact(model, plan)
+        assert torch.allclose(model(x), expected, atol=1e-6)

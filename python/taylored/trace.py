@@ -383,8 +383,8 @@ class LabelMode(TorchDispatchMode):
         )
         self.dynamic |= torch.Tag.dynamic_output_shape in func.tags
         rule = RULES.get(packet)
-        if rule is None and torch.Tag.pointwise in func.tags:
-            rule = pointwise
+        if rule is None:
+            rule = pointwise if torch.Tag.pointwise in func.tags else FOREIGN.get(func._schema.name)
         dimensions = None
         if rule is not None:
             dimensions = rule(self, func, args, kwargs, out)
@@ -597,7 +597,7 @@ def cat(mode, func, args, kwargs, out):
         others.append([x for x in mode.get(t) if not mine or x is not mine[0]])
         joined.append(mine[0] if mine else torch.full([t.shape[dim] if i == dim else 1 for i in range(out.ndim)], FIXED))
     labels = []
-    if any(int(j.max()) != FIXED for j in joined):
+    if any(bool((j != FIXED).any()) for j in joined):
         rest = torch.broadcast_shapes(*[tuple(1 if i == dim else s for i, s in enumerate(j.shape)) for j in joined])
         parts = [j.expand([j.shape[dim] if i == dim else s for i, s in enumerate(rest)]) for j in joined]
         labels.append(torch.cat(parts, dim))
@@ -639,6 +639,12 @@ def per_channel(mode, func, args, kwargs, out):
     """Pooling and interpolation work in space, channel by channel (dimension 1)."""
     for tensor in out if isinstance(out, (tuple, list)) else (out,):
         mode.emit(tensor, 1, mode.channels(args[0], 1))
+
+
+def regions(mode, func, args, kwargs, out):
+    """Pooling within boxes: the map's channels go on, the boxes' coordinates stay."""
+    mode.freeze_all(args[1], f"coordinates of boxes in {mode.where()!r}")
+    per_channel(mode, func, args, kwargs, out)
 
 
 def reduction(mode, func, args, kwargs, out):
@@ -827,6 +833,8 @@ RULES = {
     **_rules(convolution, "convolution"),
     **_rules(matmul, "mm", "addmm", "bmm", "baddbmm"),
 }
+# Operators of libraries that need not be there, by name.
+FOREIGN = dict.fromkeys(("torchvision::roi_align", "torchvision::roi_pool"), regions)
 
 
 def trace_rule(op: str, like: str | None = None):
