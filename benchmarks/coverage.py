@@ -129,7 +129,7 @@ def prepared(source, name):
     model, inputs, speaker = build(source, name)
     randomised(Unpacked(speaker).eval(), inputs)
     inputs = inputs if isinstance(inputs, tuple) else inputs[:2]
-    example = ([*inputs],) if isinstance(speaker, Heads) else inputs
+    example = ([inputs[0]],) if isinstance(speaker, Heads) else inputs
     return model, example, speaker, inputs
 
 

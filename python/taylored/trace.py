@@ -961,7 +961,7 @@ def trace(model: nn.Module, example_inputs, *, fully_connected: bool = False) ->
                 raise error from on_meta
         rigid: dict[int, str] = {}
         graph = _build(model, tensors, *run, rigid)
-        while found := _rigid(model, graph):
+        while found := _rigid(model, graph, bool(rigid)):
             rigid |= found
             graph = _build(model, tensors, *run, rigid)
         return graph
@@ -1307,8 +1307,10 @@ class Rehearsal(LabelMode):
         self.flops += flops
 
 
-def _rigid(model, graph: ChannelGraph) -> dict[int, str]:
-    """The components that the model does not run without, and why: a forward that hard-codes their number."""
+def _rigid(model, graph: ChannelGraph, known: bool) -> dict[int, str]:
+    """The components that the model does not run without, and why: a forward that hard-codes their number.
+
+    known: there are some already; otherwise shapes alone are looked at first, which takes half the time."""
 
     def without(groups, labelled):
         """None, or what goes wrong when each of the groups has lost a unit, and where."""
@@ -1323,7 +1325,7 @@ def _rigid(model, graph: ChannelGraph) -> dict[int, str]:
 
     # Groups of which a single channel would be left are for the rehearsal of a plan: it could not be labelled.
     groups = [g for g in graph.groups if all((g.units - 1) * s.shape[1] > 1 for s in g.slots.values())]
-    if not groups or without(groups, labelled=False) is None:
+    if not groups or (not known and without(groups, labelled=False) is None):
         return {}
     fault = without(groups, labelled=True)
     if fault is None:
