@@ -89,7 +89,7 @@ class Heads(nn.Module):
 def build(source, name):
     """The model, its inputs, and a module that gives the outputs to compare."""
     torch.manual_seed(0)
-    x = torch.randn(4, 3, 224, 224)
+    x = torch.randn(4, 3, 160, 160)
     if source == "timm":
         import timm
 
@@ -108,10 +108,10 @@ def build(source, name):
         return model, torch.rand(4, 3, size, size), Heads(model)
     if name in FLOW.split():
         return model, (torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128)), model
-    sizes = {"inception_v3": (299, 299), **dict.fromkeys(SEGMENTATION.split(), (128, 128))}
-    sizes |= {"s3d": (16, 224, 224), **dict.fromkeys(("mvit_v1_b", "swin3d_t"), (16, 224, 224))}
+    sizes = {"inception_v3": (299, 299), **dict.fromkeys(("vit_b_16", "swin_t", "maxvit_t"), (224, 224))}
+    sizes |= dict.fromkeys(("s3d", "mvit_v1_b", "swin3d_t"), (16, 224, 224))
     sizes |= dict.fromkeys(("r3d_18", "mc3_18", "r2plus1d_18"), (8, 64, 64))
-    x = torch.randn(1 if len(sizes.get(name, ())) == 3 else 4, 3, *sizes.get(name, (224, 224)))
+    x = torch.randn(1 if len(sizes.get(name, ())) == 3 else 4, 3, *sizes.get(name, (160, 160)))
     return model, x, model
 
 
