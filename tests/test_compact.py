@@ -500,12 +500,29 @@ class Moody(nn.Module):
 )
 def test_a_forward_that_fails_in_the_rehearsal_changes_nothing(mood):
     model, x = Moody().eval(), nets.inputs()
-    plan = random_plan(trace(model, x), 0.5)
-    model.mood = mood
-    before = nets.snapshot(model)
-    with pytest.raises(KeyboardInterrupt if isinstance(mood, KeyboardInterrupt) else TraceError, match="mood"):
-        compact(model, plan)
-    assert nets.unchanged(before, model) and not model.net.training
+    graph = trace(model, x)
+    plan, twin = random_plan(graph, 0.5), copy.deepcopy(model)
+    model.mood = twin.mood = mood
+    before = [(m, nets.snapshot(m)) for m in (model, twin)]
+    for attempt in (lambda: random_plan(graph, 0.5), lambda: compact(twin, plan)):
+        with pytest.raises(KeyboardInterrupt if isinstance(mood, KeyboardInterrupt) else TraceError, match="mood"):
+            attempt()
+    assert all(nets.unchanged(was, m) and not m.net.training for m, was in before)
+
+
+def test_a_plan_is_rehearsed_anew_for_another_model_or_other_modules(monkeypatch):
+    model, x = nets.small("chain"), nets.inputs()
+    plan, seen = random_plan(trace(model, x), 0.5), []
+    monkeypatch.setattr(sys.modules["taylored.compact"], "rehearse", lambda *arguments: seen.append(arguments))
+    compact(copy.deepcopy(model), plan)
+    assert len(seen) == 1
+    first = model.first
+    model.first = copy.deepcopy(first)
+    compact(copy.deepcopy(model), plan)
+    assert len(seen) == 2
+    model.first = first
+    compact(model, plan)
+    assert len(seen) == 2
 
 
 class Typed(nn.Module):
@@ -526,9 +543,9 @@ class Typed(nn.Module):
 
 def test_a_model_that_was_converted_since_its_trace_is_not_said_to_hard_code_a_count():
     model, x = Typed().eval(), nets.inputs()
-    plan = random_plan(trace(model, x), 0.5)
+    graph = trace(model, x)
     with refused(model.half(), TraceError, r"'net.first.weight' changed its type since: trace it anew"):
-        compact(model, plan)
+        random_plan(graph, 0.5)
     compact(model, random_plan(trace(model, x.half()), 0.5))
     assert model.net.first.weight.shape[0] == 4
 
@@ -536,7 +553,7 @@ def test_a_model_that_was_converted_since_its_trace_is_not_said_to_hard_code_a_c
 @pytest.mark.parametrize("stage", ["size_attributes", "_optimizer_jobs", "rehearse", "_lost", "ops.compact_many_"])
 def test_an_exception_within_compact_changes_nothing(monkeypatch, stage):
     model, optimizer, x, _ = trained("adam")
-    average, plan = AveragedModel(model), random_plan(trace(model, x), 0.5)
+    average, plan = AveragedModel(model), dataclasses.replace(random_plan(trace(model, x), 0.5), rehearsed=False)
     before, state = [nets.snapshot(m) for m in (model, average)], copy.deepcopy(optimizer.state_dict())
 
     def fail(*_):

@@ -414,3 +414,40 @@ def test_a_detector_that_finds_as_many_boxes_as_it_likes_is_pruned():
             expected = model(x)
         compact(model, plan)
         assert torch.allclose(model(x), expected, atol=1e-6)
+
+
+class Indexed(nn.Module):
+    """Writes maps of two layers into one buffer by number, reads them in another order, and takes windows of them."""
+
+    def __init__(self, fresh):
+        super().__init__()
+        self.one, self.two, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 1)
+        self.fresh = fresh
+        self.register_buffer("even", torch.tensor([0, 2]))
+        self.register_buffer("odd", torch.tensor([1, 3]))
+
+    def forward(self, x):
+        one, two = self.one(x), self.two(x)
+        maps = torch.zeros(4, *one.shape[1:]) if self.fresh else one + 1.0
+        maps[self.even] = one[self.odd]
+        maps[self.odd] = two[self.even]
+        return self.last(maps[self.odd][:, :, torch.tensor([3, 1])].unfold(3, 2, 3).amax(4))
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_what_is_written_and_read_by_index_goes_on(fresh):
+    graph = check(Indexed(fresh).eval(), nets.inputs(4))
+    assert [(group.units, group.layers) for group in graph.groups] == [(8, ("one", "two"))]
+
+
+def test_channels_that_an_index_picks_stay():
+    class Picking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(4, 5, 1)
+
+        def forward(self, x):
+            return self.last(self.first(x)[:, [0, 2, 4, 6]])
+
+    graph = trace(Picking(), nets.inputs())
+    assert graph.units == 0 and "takes part of the channels" in graph.explain("first")

@@ -4,11 +4,11 @@ import torch
 
 from taylored import criteria
 from taylored.checkpoint import load, save
-from taylored.compact import Removed, compact, masked, rehearse, restore
+from taylored.compact import Removed, compact, masked, restore
 from taylored.criteria import spearman
 from taylored.export import export
 from taylored.oracle import oracle
-from taylored.plan import PlanError, PrunePlan, diff, make_plan, random_plan
+from taylored.plan import PlanError, PrunePlan, diff, make_plan, random_plan, rehearse
 from taylored.prune import PruneResult, prune
 from taylored.score import TaylorScorer
 from taylored.trace import ChannelGraph, Group, TraceError, trace, trace_rule

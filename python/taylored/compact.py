@@ -17,12 +17,9 @@ from torch import distributed as dist
 from torch import nn
 
 from taylored import ops
-from taylored.plan import PlanError, PrunePlan
+from taylored.plan import PlanError, PrunePlan, rehearse
 from taylored.trace import (
     ChannelGraph,
-    Rehearsal,
-    TraceError,
-    check_fit,
     complement,
     data_parallel,
     named_tensors,
@@ -70,14 +67,15 @@ def compact(
     model: in its DistributedDataParallel wrapper every process calls this with the same plan (compared by digest), and wraps
     the model again afterwards, `model = DistributedDataParallel(model.module)`, for its buckets have the old sizes.
 
-    Everything is checked before anything is touched. Raises PlanError if the plan does not fit; TraceError if the model
-    does not run with fewer channels, naming its line (a forward that hard-codes a channel count).
+    Everything is checked before anything is touched. Raises PlanError if the plan does not fit. A plan was rehearsed when it
+    was made; on another model than the one traced, or one with other modules since, it is rehearsed first: TraceError if the
+    model does not run with fewer channels, naming its line (a forward that hard-codes a channel count).
     """
     parallel = data_parallel(model)
     if parallel is not None:
         _check_agreement(plan, parallel)
     work = _Work(plan, model, optimizer, also, cut=False)
-    if plan.graph is not None:
+    if plan.graph is not None and not (plan.rehearsed and plan.graph.source() is unwrapped(model)):
         rehearse(model, plan)
     removed = work.removed() if keep_removed else None
     with _uninterrupted(), torch.no_grad():
@@ -321,29 +319,6 @@ def _compact_flat(tensor, stretches, chunk=1 << 17):
         source += job.tensor.numel()
         target += kept
     tensor.data = tensor.data[:target]
-
-
-def rehearse(model: nn.Module, plan: PrunePlan) -> None:
-    """Run the planned model on the meta device: shapes, labels and FLOPs must come out as planned. Changes nothing.
-
-    Raises TraceError with the file and line of the forward that does not follow its input's number of channels."""
-    model = unwrapped(model)
-    graph = plan.graph
-    try:
-        check_fit(graph, model)
-    except ValueError as error:
-        raise PlanError(f"the plan does not fit model: {error}") from error
-    for traced in graph.passes:
-        mode = Rehearsal(model, graph, plan.removed)
-        try:
-            mode.run(model, traced)
-        except TraceError as error:
-            converted = [n for n, t in named_tensors(model).items() if t.dtype != graph.dtypes[n]]
-            if not converted:
-                raise
-            raise TraceError(f"{converted[0]!r} changed its type since: trace it anew") from error
-        if not traced.training and not traced.dynamic and mode.flops != plan.flops[1]:
-            raise TraceError(f"with fewer channels the model takes {mode.flops} FLOPs, {plan.flops[1]} were planned")
 
 
 @contextlib.contextmanager

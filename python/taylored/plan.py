@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from taylored.files import digest
-from taylored.trace import FIXED, ChannelGraph, complement, named_tensors, unwrapped
+from taylored.trace import FIXED, ChannelGraph, Rehearsal, TraceError, check_fit, complement, named_tensors, unwrapped
 
 NORMS = {
     "none": lambda s: torch.ones((), dtype=s.dtype),
@@ -35,7 +35,8 @@ class PrunePlan:
 
     removed: group name -> sorted int64 unit indices. keep: (tensor name, dimension) -> sorted int64 indices that stay.
     units: group name -> units before. shapes: the shape before of every tensor in keep. flops, params: (before, after);
-    FLOPs are those of the traced example inputs. graph: where the plan comes from, None after loading from a file.
+    FLOPs are those of the traced example inputs. graph: where the plan comes from, None after loading from a file; rehearsed:
+    whether the traced model was seen to run with it.
     """
 
     removed: dict[str, torch.Tensor]
@@ -45,10 +46,12 @@ class PrunePlan:
     flops: tuple[int, int]
     params: tuple[int, int]
     graph: ChannelGraph | None = dataclasses.field(default=None, repr=False)
+    rehearsed: bool = dataclasses.field(default=False, repr=False)
 
     @classmethod
     def of(cls, graph: ChannelGraph, removed: dict[str, torch.Tensor]) -> "PrunePlan":
-        """The plan that removes the given units (group name -> indices) of a graph."""
+        """The plan that removes the given units (group name -> indices) of a graph, rehearsed on the traced model where that is
+        still there. Raises PlanError for units that do not exist or a group of which none is left, TraceError as `rehearse`."""
         if unknown := removed.keys() - {g.name for g in graph.groups}:
             raise PlanError(f"removed names {sorted(unknown)}, which are no groups of the graph")
         removed = {name: torch.as_tensor(units, dtype=torch.int64).unique() for name, units in removed.items()}
@@ -60,7 +63,7 @@ class PrunePlan:
             if len(units) == group.units:
                 raise PlanError(f"removed[{name!r}] leaves none of the group's {group.units} units")
         keep, after = graph.keep(removed), graph.after(removed)
-        return cls(
+        plan = cls(
             removed=removed,
             keep=keep,
             units={g.name: g.units for g in graph.groups},
@@ -69,6 +72,11 @@ class PrunePlan:
             params=(graph.params, after.params),
             graph=graph,
         )
+        model = graph.source() if removed else None
+        if model is None:
+            return plan
+        rehearse(model, plan)
+        return dataclasses.replace(plan, rehearsed=True)
 
     def then(self, later: "PrunePlan") -> "PrunePlan":
         """One plan against the original model that does what this one and then the later one do."""
@@ -96,6 +104,7 @@ class PrunePlan:
             shapes=shapes,
             flops=(self.flops[0], later.flops[1]),
             params=(self.params[0], later.params[1]),
+            rehearsed=False,
         )
 
     @property
@@ -146,7 +155,7 @@ class PrunePlan:
     __hash__ = None
 
     def __getstate__(self):
-        return {**self.__dict__, "graph": None}
+        return {**self.__dict__, "graph": None, "rehearsed": False}
 
     def __repr__(self):
         gone, total = sum(map(len, self.removed.values())), sum(self.units.values())
@@ -155,6 +164,29 @@ class PrunePlan:
             f"PrunePlan(removes {gone} of {total} units in {len(self.removed)} groups: "
             f"{flops:.4g} -> {flops_after:.4g} FLOPs, {params:,} -> {params_after:,} parameters)"
         )
+
+
+def rehearse(model: nn.Module, plan: PrunePlan) -> None:
+    """Run the planned model on the meta device: shapes, labels and FLOPs must come out as planned. Changes nothing.
+
+    Raises TraceError with the file and line of the forward that does not follow its input's number of channels."""
+    model = unwrapped(model)
+    graph = plan.graph
+    try:
+        check_fit(graph, model)
+    except ValueError as error:
+        raise PlanError(f"the plan does not fit model: {error}") from error
+    for traced in graph.passes:
+        mode = Rehearsal(model, graph, plan.removed)
+        try:
+            mode.run(model, traced)
+        except TraceError as error:
+            converted = [n for n, t in named_tensors(model).items() if t.dtype != graph.dtypes[n]]
+            if not converted:
+                raise
+            raise TraceError(f"{converted[0]!r} changed its type since: trace it anew") from error
+        if not traced.training and not traced.dynamic and mode.flops != plan.flops[1]:
+            raise TraceError(f"with fewer channels the model takes {mode.flops} FLOPs, {plan.flops[1]} were planned")
 
 
 def diff(model: nn.Module, plan: PrunePlan) -> str:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from taylored.checkpoint import CheckpointError, difference, load_all, save
-from taylored.compact import compact, rehearse
+from taylored.compact import compact
 from taylored.plan import PrunePlan, make_plan, named_entries
 from taylored.score import TaylorScorer
 from taylored.trace import ChannelGraph, data_parallel, in_mode, run_on, trace
@@ -108,8 +108,7 @@ def prune(
     options |= {"min_units": min_units, "max_ratio": max_ratio, "ignore": ignore}
     budget = _Budget(graph, rounds, target_flops, target_params, remove_units)
     any_scores = {g.name: torch.ones(g.units) for g in graph.groups}
-    goal = make_plan(graph, any_scores, **budget.of_round(rounds, graph), **options)
-    rehearse(model, goal)
+    make_plan(graph, any_scores, **budget.of_round(rounds, graph), **options)  # whether the goal can be met
     TaylorScorer(model, graph, reduction=reduction)
 
     settings = {**budget.given, **options, "rounds": rounds, "round_epochs": round_epochs, "reduction": reduction}
