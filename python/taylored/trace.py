@@ -587,7 +587,7 @@ def written(mode, func, args, kwargs, out):
     """x[indices] = values, with integers for the leading dimensions: the others meet."""
     x, indices, values = args[:3]
     rest = x.ndim - len(indices)
-    if any(i is None or i.dtype in (torch.bool, torch.uint8) for i in indices) or 1 < values.numel() and values.ndim < rest:
+    if any(i is None or i.dtype in (torch.bool, torch.uint8) for i in indices) or (1 < values.numel() and values.ndim < rest):
         return opaque(mode, (x, values), {}, out, f"written by index in {mode.where()!r}")
     reason = f"written into a buffer in {mode.where()!r}"
     fresh = id(x) in mode.uniform
