@@ -309,6 +309,13 @@ def test_obd_is_the_gauss_newton_diagonal_example_by_example(name):
         close(alone, split(graph, expected[n]), rtol=1e-7, atol=1e-12)
 
 
+def test_obd_takes_the_hessians_of_few_examples_at_a_time(monkeypatch):
+    model, graph, batches = setting("chain", torch.float64)
+    expected = criteria.obd(model, graph, batches, cross_entropy)
+    monkeypatch.setattr(criteria, "HESSIANS", 1)
+    close(criteria.obd(model, graph, batches, cross_entropy), expected, rtol=1e-7, atol=1e-12)
+
+
 def test_obd_is_the_hessian_itself_where_the_net_is_piecewise_linear():
     model, graph, batches = setting("chain", torch.float64, relu=True)
     _, _, hessian = derivatives(model, graph, batches)

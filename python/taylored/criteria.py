@@ -24,6 +24,7 @@ from taylored.trace import ChannelGraph, Group, count_examples, in_mode, run_on,
 Scores = dict[str, torch.Tensor]
 BINS = 8  # of equal frequency, into which mutual information sorts a unit's activations
 PROBES = 16  # backward passes that the diagonal Hessian takes at most
+HESSIANS = 2**22  # elements of the loss's Hessians that are there at a time: four examples' with 1000 classes
 
 
 # -- from the gradient -------------------------------------------------------------------------------------------------
@@ -71,15 +72,23 @@ def _hessian_roots(loss_fn, output, targets) -> torch.Tensor:
     def loss(o, t):
         return loss_fn(o.reshape(1, *output.shape[1:]), t[None])
 
-    with torch.enable_grad():
-        hessian = torch.func.vmap(torch.func.hessian(loss))(output.flatten(1), targets).double()  # [N, K, K]
-    values, vectors = torch.linalg.eigh(hessian)
-    columns = vectors * values.clamp(min=0).sqrt()[:, None]  # [N, K, columns]
-    columns = columns[:, :, (values >= 10 * torch.finfo(output.dtype).eps * values.max()).any(0)]  # without the round-off
-    if columns.shape[2] > PROBES:
-        signs = torch.randint(0, 2, (len(columns), columns.shape[2], PROBES), device=columns.device) * 2.0 - 1
-        columns = columns @ signs.double() / math.sqrt(PROBES)
-    return columns.movedim(2, 0).reshape(-1, *output.shape).to(output.dtype)
+    def columns(o, t):
+        with torch.enable_grad():
+            hessian = torch.func.vmap(torch.func.hessian(loss))(o, t).double()  # [n, K, K]
+        values, vectors = torch.linalg.eigh(hessian)
+        found = vectors * values.clamp(min=0).sqrt()[:, None]  # [n, K, columns]
+        found = found[:, :, (values >= 10 * torch.finfo(output.dtype).eps * values.max()).any(0)]  # without the round-off
+        if found.shape[2] > PROBES:
+            signs = torch.randint(0, 2, (len(found), found.shape[2], PROBES), device=found.device) * 2.0 - 1
+            found = found @ signs.double() / math.sqrt(PROBES)
+        return found.movedim(2, 0)
+
+    count = max(1, HESSIANS // output[0].numel() ** 2)
+    parts = [columns(o, t) for o, t in zip(output.flatten(1).split(count), targets.split(count), strict=True)]
+    roots = output.new_zeros(max(map(len, parts)), *output.shape)
+    for root, part in zip(roots.split(count, 1), parts, strict=True):
+        root[: len(part)] = part.reshape(len(part), -1, *output.shape[1:])
+    return roots
 
 
 @contextlib.contextmanager
