@@ -644,6 +644,51 @@ def test_a_weight_with_gaps_is_refused():
         compact(model, plan)
 
 
+class Twins(nn.Module):
+    """Two layers of a residual stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5)
+        self.one, self.two = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+
+    def forward(self, x):
+        x = self.first(x)
+        x = x + self.one(x).relu()
+        return self.last((x + self.two(x).relu()).mean((2, 3)))
+
+
+def test_tensors_that_share_memory_without_being_one_are_refused():
+    model, x = Twins(), nets.inputs()
+    model.two.weight.data = model.one.weight.data
+    plan = random_plan(trace(model, x), 0.5)
+    with refused(model, PlanError, "'model: one.weight' and 'model: two.weight' share memory"):
+        compact(model, plan)
+    model.two.weight = nn.Parameter(model.one.weight.detach().transpose(0, 1))
+    with refused(model, PlanError, "share memory"):
+        compact(model, plan)
+    model.two.weight = nn.Parameter(model.one.weight.detach().clone())
+    with refused(model, PlanError, "share memory"):
+        compact(model, plan, also=model.state_dict())
+    compact(model, plan)
+
+
+def test_parameters_side_by_side_in_one_buffer_are_cut():
+    model, x = Twins().eval(), nets.inputs()
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    for p, part in zip(model.parameters(), flat.split([p.numel() for p in model.parameters()]), strict=True):
+        p.data = part.view_as(p)
+    graph = trace(model, x)
+    check_removal(model, x, graph, random_plan(graph, 0.5))
+
+
+def test_a_model_is_cut_in_inference_mode():
+    with torch.inference_mode():
+        model, x = nets.small("chain"), nets.inputs()
+        graph = trace(model, x)
+        check_removal(model, x, graph, random_plan(graph, 0.5))
+
+
 def test_the_mask_goes_with_its_context():
     model, x = nets.small("depthwise"), nets.inputs()
     graph = trace(model, x)

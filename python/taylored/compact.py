@@ -181,6 +181,7 @@ class _Work:
             self.flat += flat
         self.given = {*twins, *(f"optimizer[{n}]" for n in range(len(self.optimizers)))}
         self.plan = plan
+        _check_memory([(job.name, job.tensor) for job in self.jobs], tensors)
 
     def removed(self) -> Removed:
         jobs = [*self.jobs, *itertools.chain.from_iterable(stretches for _, stretches in self.flat)]
@@ -264,6 +265,22 @@ def _job(name, owner, tensor, dims) -> _Job:
         strides = f"strides {tensor.stride()}" if tensor.layout == torch.strided else str(tensor.layout)
         raise PlanError(f"{name!r} has gaps or overlaps in memory ({strides}); make it contiguous first")
     return _Job(name, owner, tensor, dims)
+
+
+def _check_memory(cut, tensors) -> None:
+    """What is moved within its own memory must be alone there."""
+    moved = {id(t) for _, t in cut}
+    stretches = [
+        (start := t.untyped_storage().data_ptr() + t.storage_offset() * t.element_size(), start + t.nbytes, id(t) in moved, name)
+        for name, t in [*cut, *((name, t) for name, t in tensors.items() if id(t) not in moved)]
+        if t.layout == torch.strided and t.numel() and not t.is_meta
+    ]
+    ends = {True: (0, ""), False: (0, "")}  # moved -> the furthest end so far, and whose it is
+    for start, end, moves, name in sorted(stretches):
+        for (other_end, other), moved_too in ((ends[True], True), (ends[False], False)):
+            if start < other_end and (moves or moved_too):
+                raise PlanError(f"{other!r} and {name!r} share memory: let them be one and the same Parameter, or clone one")
+        ends[moves] = max(ends[moves], (end, name))
 
 
 def _twin(copy, plan, what):

@@ -179,7 +179,8 @@ def rehearse(model: nn.Module, plan: PrunePlan) -> None:
     for traced in graph.passes:
         mode = Rehearsal(model, graph, plan.removed)
         try:
-            mode.run(model, traced)
+            with torch.inference_mode(False):  # in it operators would arrive whole, as in `trace`
+                mode.run(model, traced)
         except TraceError as error:
             converted = [n for n, t in named_tensors(model).items() if t.dtype != graph.dtypes[n]]
             if not converted:
