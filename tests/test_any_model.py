@@ -112,7 +112,7 @@ NETS = {  # how to make it, the filters of its convolutions that can go, why oth
     "weight_norm_depthwise": (lambda: around(parametrizations.weight_norm(nn.Conv2d(8, 8, 3, groups=8)), 8), 22, ""),
     "spectral_norm": (lambda: around(parametrizations.spectral_norm(nn.Conv2d(8, 12, 3))), 6, "aten.mv in"),
     "spectral_norm_hook": (lambda: around(nn.utils.spectral_norm(nn.Conv2d(8, 12, 3))), 6, "aten.mv in"),
-    "orthogonal": (lambda: around(parametrizations.orthogonal(nn.Conv2d(8, 12, 3))), 6, "a value without labels"),
+    "orthogonal": (lambda: around(parametrizations.orthogonal(nn.Conv2d(8, 12, 3))), 6, "computed from all of them"),
     "standardised": (lambda: around(Standardised(8, 12, 3)), 18, "aten.mean in '2' reduces over the channels"),
     "functional": (FunctionalWeight, 6, "outside of a convolution or linear layer"),
     "tied": (Tied, 24, ""),

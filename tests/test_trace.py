@@ -451,3 +451,44 @@ def test_channels_that_an_index_picks_stay():
 
     graph = trace(Picking(), nets.inputs())
     assert graph.units == 0 and "takes part of the channels" in graph.explain("first")
+
+
+class SplitAttention(nn.Module):
+    """Two maps per channel, weighed by a softmax over the two and summed, as in SKNet and ResNeSt (arXiv:2004.08955)."""
+
+    def __init__(self, stacked):
+        super().__init__()
+        self.maps = nn.Conv2d(3, 16, 3) if not stacked else nn.ModuleList([nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3)])
+        self.squeeze, self.excite, self.last = nn.Conv2d(8, 6, 1), nn.Conv2d(6, 16, 1), nn.Conv2d(8, 5, 1)
+        self.stacked = stacked
+
+    def forward(self, x):
+        maps = torch.stack([m(x) for m in self.maps], 1) if self.stacked else self.maps(x).unflatten(1, (2, -1))
+        weights = self.excite(self.squeeze(maps.sum(1).mean((2, 3), keepdim=True)).relu()).unflatten(1, (2, -1)).softmax(1)
+        return self.last((maps * weights).sum(1))
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_channels_cut_in_two_stay_whole_under_sums_and_softmax(stacked):
+    graph = check(SplitAttention(stacked), nets.inputs())
+    maps = ("maps.0", "maps.1") if stacked else ("maps",)
+    assert [(group.units, group.layers) for group in graph.groups] == [(8, (*maps, "excite")), (6, ("squeeze",))]
+
+
+class Heads(nn.Module):
+    """Takes some of its channels' heads, by number and in unequal pieces."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 12, 3)
+        self.one, self.two, self.last = nn.Conv2d(4, 5, 1), nn.Conv2d(8, 5, 1), nn.Conv2d(4, 5, 1)
+
+    def forward(self, x):
+        heads = self.first(x).unflatten(1, (3, -1))
+        single, double = heads.split((1, 2), 1)
+        return self.one(single[:, 0]) + self.two(double.flatten(1, 2)) + self.last(heads[:, 2] * heads.unbind(1)[0])
+
+
+def test_heads_that_are_taken_apart_lose_the_same_positions():
+    graph = check(Heads(), nets.inputs())
+    assert [(group.units, group.layers) for group in graph.groups] == [(4, ("first",))]

@@ -353,8 +353,13 @@ class LabelMode(TorchDispatchMode):
                 self.alive.append(tensor)
 
     def why(self, tensor) -> str:
-        """Why a tensor has no labels."""
-        return self.lost.get(id(tensor), "the model's input, or a value without labels")
+        """Why a tensor has no labels in the dimension in question."""
+        other = (
+            "a weight computed from all of them (standardised, orthogonal)"
+            if self.get(tensor)
+            else "the model's input, or a value without labels"
+        )
+        return self.lost.get(id(tensor), other)
 
     def where(self) -> str:
         return self.module_names.get(id(self.stack[-1][0]), type(self.stack[-1][0]).__name__) if self.stack else "forward"
@@ -416,6 +421,22 @@ class LabelMode(TorchDispatchMode):
                 kept.append(label)
         return tuple(kept)
 
+    def whole(self, tensor, reason, dims) -> tuple[torch.Tensor, ...]:
+        """An op needs all that is along dims; returns the labels that go on, see `spread`."""
+        return tuple(label for label in self.get(tensor) if self.spread(label, reason, dims))
+
+    def spread(self, label, reason, dims) -> bool:
+        """Nothing along dims may go by itself. Labels that vary along nothing else are frozen; others, of channels cut in
+        two (heads, radices), are tied along dims, so that all of them go at once. Returns whether they can go."""
+        others = [d for d in varying(label) if d not in dims]
+        if len(others) == len(varying(label)):
+            return True
+        if not others:
+            self.freeze(label, reason)
+            return False
+        self.tie(label.movedim(others, list(range(len(others)))).reshape(math.prod(label.shape[d] for d in others), -1))
+        return True
+
     def meet(self, operands, shape) -> tuple[torch.Tensor, ...]:
         """Unite the labels of tensors that are broadcast together to `shape`; returns the result's labels."""
         labelled = [(t, [_pad(x, len(shape)) for x in self.get(t)]) for t in operands if t.numel() > 1]
@@ -432,9 +453,8 @@ class LabelMode(TorchDispatchMode):
             if not any(found):
                 continue
             if not all(found):
-                for labels in found:
-                    for label in labels:
-                        self.freeze(label, f"meets a constant of {size} values in {self.where()!r}")
+                for label in itertools.chain.from_iterable(found):
+                    self.spread(label, f"meets a constant of {size} values in {self.where()!r}", (axis,))
                 continue
             first = found[0][0]
             for other in itertools.chain.from_iterable(found):
@@ -568,7 +588,7 @@ def part(mode, func, args, kwargs, out):
     if func.overloadpacket is aten.slice and out.shape == x.shape:
         mode.set(out, mode.get(x))
         return
-    labels = mode.freeze_all(x, f"{func.overloadpacket} in {mode.where()!r} takes part of the channels", dims=(dim,))
+    labels = mode.whole(x, f"{func.overloadpacket} in {mode.where()!r} takes part of the channels", (dim,))
     mode.set(out, [compress(func(label.expand(x.shape), *args[1:], **kwargs)) for label in labels])
 
 
@@ -578,7 +598,7 @@ def indexed(mode, func, args, kwargs, out):
     if any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices):
         return opaque(mode, args[:1], {}, out, f"a mask in {mode.where()!r} selects values")
     dims = [d for d, i in enumerate(indices) if i is not None]
-    labels = mode.freeze_all(x, f"an index in {mode.where()!r} takes part of the channels", dims)
+    labels = mode.whole(x, f"an index in {mode.where()!r} takes part of the channels", dims)
     anywhere = [None if i is None else torch.zeros(i.shape, dtype=torch.int64) for i in indices]
     mode.set(out, [compress(func(label.expand(x.shape), anywhere)) for label in labels])
 
@@ -609,16 +629,15 @@ def split(mode, func, args, kwargs, out):
     position = 1 if unbound else 2
     dim = (args[position] if len(args) > position else kwargs.get("dim", 0)) % x.ndim
     labels = mode.get(x)
-    if unbound or len({p.shape[dim] for p in out}) > 1:
-        labels = mode.freeze_all(
-            x, f"{func.overloadpacket} in {mode.where()!r} cuts the channels into unequal pieces", dims=(dim,)
-        )
+    alike = not unbound and len({p.shape[dim] for p in out}) == 1
+    if not alike:
+        labels = mode.whole(x, f"{func.overloadpacket} in {mode.where()!r} cuts the channels into unequal pieces", (dim,))
     for piece in out:
         mode.set(piece, ())
     for label in labels:
         pieces = [compress(p) for p in func(label.expand(x.shape), *args[1:], **kwargs)]
         for tensor, piece in zip(out, pieces, strict=True):
-            if piece is not pieces[0] and dim in varying(label):
+            if alike and piece is not pieces[0] and dim in varying(label):
                 mode.unite(pieces[0], piece)
             mode.set(tensor, (*mode.get(tensor), piece))
 
@@ -692,7 +711,9 @@ def reduction(mode, func, args, kwargs, out):
     dims = args[position] if position < len(args) else kwargs.get("dim")
     dims = range(x.ndim) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     dims = sorted({d % x.ndim for d in dims}, reverse=True)
-    labels = mode.freeze_all(x, f"{func.overloadpacket} in {mode.where()!r} reduces over the channels", dims=dims)
+    labels = mode.whole(x, f"{func.overloadpacket} in {mode.where()!r} reduces over the channels", dims)
+    for d in dims:
+        labels = [label.narrow(d, 0, 1) for label in labels]
     for tensor in out if isinstance(out, (tuple, list)) else (out,):
         kept = labels
         if tensor.ndim != x.ndim:
@@ -704,7 +725,7 @@ def reduction(mode, func, args, kwargs, out):
 def softmax(mode, func, args, kwargs, out):
     """Mixes all values along its dimension."""
     dim = args[1] % args[0].ndim
-    mode.set(out, mode.freeze_all(args[0], f"softmax over the channels in {mode.where()!r}", dims=(dim,)))
+    mode.set(out, mode.whole(args[0], f"softmax over the channels in {mode.where()!r}", (dim,)))
 
 
 # What two operators return, in shape: on the meta device torch computes them step by step, at half the time of a trace.
@@ -751,7 +772,7 @@ def layer_norm(mode, func, args, kwargs, out):
     x, normalized = args[0], len(args[1])
     dims = range(x.ndim - normalized, x.ndim)
     reason = f"layer norm {mode.where()!r} takes statistics over the channels"
-    labels = mode.freeze_all(x, reason, dims=dims)
+    labels = mode.whole(x, reason, dims)
     for t in args[2:4]:
         if isinstance(t, torch.Tensor):
             mode.freeze_all(t, reason)
