@@ -113,7 +113,7 @@ NETS = {  # how to make it, the filters of its convolutions that can go, why oth
     "spectral_norm": (lambda: around(parametrizations.spectral_norm(nn.Conv2d(8, 12, 3))), 6, "aten.mv in"),
     "spectral_norm_hook": (lambda: around(nn.utils.spectral_norm(nn.Conv2d(8, 12, 3))), 6, "aten.mv in"),
     "orthogonal": (lambda: around(parametrizations.orthogonal(nn.Conv2d(8, 12, 3))), 6, "computed from all of them"),
-    "standardised": (lambda: around(Standardised(8, 12, 3)), 18, "aten.mean in '2' reduces over the channels"),
+    "standardised": (lambda: around(Standardised(8, 12, 3)), 18, "aten.mean in '2' works over the channels"),
     "functional": (FunctionalWeight, 6, "outside of a convolution or linear layer"),
     "tied": (Tied, 24, ""),
     "lstm": (lambda: Recurrent(nn.LSTM(8, 7, batch_first=True), 7), 16, ""),
@@ -122,7 +122,7 @@ NETS = {  # how to make it, the filters of its convolutions that can go, why oth
     "rnn": (lambda: Recurrent(nn.RNN(8, 7, batch_first=True), 7), 16, ""),
     "attention": (lambda: Attention(nn.MultiheadAttention(8, 2, batch_first=True), 8), 8, "multiplied by weights in 'reader'"),
     "encoder": (lambda: Sequence(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 8), 8, "'reader"),
-    "structured": (Structured, 14, "reduces over the channels"),
+    "structured": (Structured, 14, "works over the channels"),
     "synchronised": (lambda: nn.SyncBatchNorm.convert_sync_batchnorm(around(nn.Sequential(nn.Conv2d(8, 12, 3), nn.BatchNorm2d(12)))), 26, ""),
 }  # fmt: skip
 

@@ -492,3 +492,40 @@ class Heads(nn.Module):
 def test_heads_that_are_taken_apart_lose_the_same_positions():
     graph = check(Heads(), nets.inputs())
     assert [(group.units, group.layers) for group in graph.groups] == [(4, ("first",))]
+
+
+@pytest.mark.parametrize("op", ["index_select", "roll", "cumsum", "sort", "topk", "masked_fill"])
+def test_channels_go_on_through_what_happens_along_other_dimensions(op):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 1)
+            self.register_buffer("columns", torch.tensor([0, 2, 3]))
+
+        def forward(self, x):
+            x = self.first(x)
+            x = {
+                "index_select": lambda: x.index_select(3, self.columns),
+                "roll": lambda: x.roll((1, 2), (2, 3)),
+                "cumsum": lambda: x.cumsum(3),
+                "sort": lambda: x.sort(2)[0],
+                "topk": lambda: x.flatten(2).topk(3)[0].unsqueeze(3),
+                "masked_fill": lambda: x.masked_fill(x > 0, 0.5),
+            }[op]()
+            return self.last(x)
+
+    assert check(Net(), nets.inputs()).units == 8
+
+
+@pytest.mark.parametrize("op", [lambda x: x.roll(1, 1), lambda x: x.roll(1), lambda x: x.cumsum(1), lambda x: x.sort(1)[0]])
+def test_what_happens_along_channels_holds_them_fast(op):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 1)
+
+        def forward(self, x):
+            return self.last(op(self.first(x)))
+
+    graph = trace(Net(), nets.inputs())
+    assert graph.units == 0 and "works over the channels" in graph.explain("first")

@@ -703,15 +703,21 @@ def regions(mode, func, args, kwargs, out):
     per_channel(mode, func, args, kwargs, out)
 
 
-def reduction(mode, func, args, kwargs, out):
-    """A statistic over channels changes with them, so these stay; one over positions keeps the labels."""
-    x = args[0]
+def dims_of(func, args, kwargs) -> list[int]:
+    """The dimensions that an operator is told to work along: all, where it is told none; the last one first."""
     names = [argument.name for argument in func._schema.arguments]
-    position = names.index("dim") if "dim" in names else len(args)
-    dims = args[position] if position < len(args) else kwargs.get("dim")
-    dims = range(x.ndim) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
-    dims = sorted({d % x.ndim for d in dims}, reverse=True)
-    labels = mode.whole(x, f"{func.overloadpacket} in {mode.where()!r} reduces over the channels", dims)
+    position = next((i for i, name in enumerate(names) if name in ("dim", "dims")), len(args))
+    default = func._schema.arguments[position].default_value if position < len(names) else None
+    dims = args[position] if position < len(args) else kwargs.get(names[position], default) if position < len(names) else None
+    dims = range(args[0].ndim) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+    return sorted({d % args[0].ndim for d in dims}, reverse=True)
+
+
+def along(mode, func, args, kwargs, out):
+    """Adds up, sorts or picks along its dimensions; the others go on. What is taken over channels would change with them."""
+    x, dims = args[0], dims_of(func, args, kwargs)
+    mode.uniform.discard(id(x))
+    labels = mode.whole(x, f"{func.overloadpacket} in {mode.where()!r} works over the channels", dims)
     for d in dims:
         labels = [label.narrow(d, 0, 1) for label in labels]
     for tensor in out if isinstance(out, (tuple, list)) else (out,):
@@ -871,7 +877,8 @@ RULES = {
     **_rules(metadata, "is_same_size", "_assert_async", "_has_compatible_shallow_copy_type", "sym_size", "size"),
     **_rules(movement, "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "expand", "squeeze", "unsqueeze"),
     **_rules(movement, "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "repeat", "flip"),
-    **_rules(part, "slice", "select", "narrow", "index_select", "unfold"),
+    **_rules(part, "slice", "select", "narrow", "unfold"),
+    **_rules(along, "index_select", "cumsum", "cumprod", "sort", "topk", "roll"),
     **_rules(indexed, "index"),
     **_rules(written, "index_put", "index_put_"),
     **_rules(split, "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "unbind"),
@@ -884,8 +891,8 @@ RULES = {
     **_rules(per_channel, "adaptive_avg_pool2d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"),
     **_rules(per_channel, "upsample_bilinear2d", "upsample_trilinear3d", "upsample_linear1d", "upsample_bicubic2d"),
     **_rules(per_channel, "_upsample_bilinear2d_aa", "_upsample_nearest_exact2d", "max_unpool2d"),
-    **_rules(reduction, "mean", "sum", "amax", "amin", "var", "std", "var_mean", "std_mean", "max", "min", "norm"),
-    **_rules(reduction, "linalg_vector_norm", "argmax", "argmin", "prod", "logsumexp", "all", "any"),
+    **_rules(along, "mean", "sum", "amax", "amin", "var", "std", "var_mean", "std_mean", "max", "min", "norm"),
+    **_rules(along, "linalg_vector_norm", "argmax", "argmin", "prod", "logsumexp", "all", "any"),
     **_rules(softmax, "_softmax", "_log_softmax"),
     **_rules(batch_norm, "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
     **_rules(batch_norm, "_batch_norm_with_update", "cudnn_batch_norm", "miopen_batch_norm"),
