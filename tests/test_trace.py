@@ -494,7 +494,9 @@ def test_heads_that_are_taken_apart_lose_the_same_positions():
     assert [(group.units, group.layers) for group in graph.groups] == [(4, ("first",))]
 
 
-@pytest.mark.parametrize("op", ["index_select", "roll", "cumsum", "sort", "topk", "masked_fill"])
+@pytest.mark.parametrize(
+    "op", ["index_select", "roll", "cumsum", "sort", "topk", "masked_fill", "rot90", "median", "grid_sample"]
+)
 def test_channels_go_on_through_what_happens_along_other_dimensions(op):
     class Net(nn.Module):
         def __init__(self):
@@ -510,6 +512,9 @@ def test_channels_go_on_through_what_happens_along_other_dimensions(op):
                 "cumsum": lambda: x.cumsum(3),
                 "sort": lambda: x.sort(2)[0],
                 "topk": lambda: x.flatten(2).topk(3)[0].unsqueeze(3),
+                "rot90": lambda: x.rot90(1, (2, 3)),
+                "median": lambda: x.median(3, keepdim=True)[0],
+                "grid_sample": lambda: F.grid_sample(x, torch.linspace(-1, 1, 40).view(1, 4, 5, 2).expand(len(x), -1, -1, -1)),
                 "masked_fill": lambda: x.masked_fill(x > 0, 0.5),
             }[op]()
             return self.last(x)
@@ -529,3 +534,8 @@ def test_what_happens_along_channels_holds_them_fast(op):
 
     graph = trace(Net(), nets.inputs())
     assert graph.units == 0 and "works over the channels" in graph.explain("first")
+
+
+def test_gated_linear_units_lose_both_halves():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.GLU(1), nn.Conv2d(8, 5, 1))
+    assert check(model, nets.inputs()).units == 8

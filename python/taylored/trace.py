@@ -642,6 +642,19 @@ def split(mode, func, args, kwargs, out):
             mode.set(tensor, (*mode.get(tensor), piece))
 
 
+def glu(mode, func, args, kwargs, out):
+    """One half of the channels times the sigmoid of the other: they go in pairs."""
+    x = args[0]
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", -1)) % x.ndim
+    labels = []
+    for label in mode.get(x):
+        if label.shape[dim] > 1:
+            label, gate = label.chunk(2, dim)
+            mode.unite(label, gate)
+        labels.append(label)
+    mode.set(out, labels)
+
+
 def cat(mode, func, args, kwargs, out):
     """Along the joined dimension labels follow one another; along the others they meet."""
     tensors = [t for t in args[0] if t.ndim == out.ndim]
@@ -697,9 +710,9 @@ def per_channel(mode, func, args, kwargs, out):
         mode.emit(tensor, 1, mode.channels(args[0], 1))
 
 
-def regions(mode, func, args, kwargs, out):
-    """Pooling within boxes: the map's channels go on, the boxes' coordinates stay."""
-    mode.freeze_all(args[1], f"coordinates of boxes in {mode.where()!r}")
+def places(mode, func, args, kwargs, out):
+    """Pooling within boxes, sampling at points: the map's channels go on, coordinates stay."""
+    mode.freeze_all(args[1], f"coordinates in {mode.where()!r}")
     per_channel(mode, func, args, kwargs, out)
 
 
@@ -871,18 +884,21 @@ SHAPES = {
 RULES = {
     **_rules(pointwise, "hardswish_", "hardswish", "copy_", "prelu", "_prelu_kernel", "rrelu_with_noise", "glu_jvp", "where"),
     **_rules(same, "clone", "detach", "alias", "lift_fresh", "_to_copy", "contiguous", "native_dropout", "empty_like"),
-    **_rules(same, "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "dropout"),
+    **_rules(same, "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "dropout", "bernoulli"),
     **_rules(uniform, "empty", "zeros", "ones", "full", "rand", "randn", "new_empty", "new_zeros", "new_ones", "new_full"),
     **_rules(noise, "bernoulli_", "uniform_", "normal_"),
     **_rules(metadata, "is_same_size", "_assert_async", "_has_compatible_shallow_copy_type", "sym_size", "size"),
     **_rules(movement, "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "expand", "squeeze", "unsqueeze"),
+    **_rules(movement, "rot90"),
     **_rules(movement, "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "repeat", "flip"),
     **_rules(part, "slice", "select", "narrow", "unfold"),
-    **_rules(along, "index_select", "cumsum", "cumprod", "sort", "topk", "roll"),
+    **_rules(along, "index_select", "cumsum", "cumprod", "sort", "topk", "roll", "median"),
+    **_rules(places, "grid_sampler_2d", "grid_sampler_3d"),
     **_rules(indexed, "index"),
     **_rules(written, "index_put", "index_put_"),
     **_rules(split, "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "unbind"),
     **_rules(cat, "cat"),
+    **_rules(glu, "glu"),
     **_rules(stack, "stack"),
     **_rules(pad, "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d"),
     **_rules(pad, "replication_pad1d", "replication_pad2d", "replication_pad3d"),
@@ -904,7 +920,7 @@ RULES = {
     **_rules(matmul, "mm", "addmm", "bmm", "baddbmm"),
 }
 # Operators of libraries that need not be there, by name.
-FOREIGN = dict.fromkeys(("torchvision::roi_align", "torchvision::roi_pool"), regions)
+FOREIGN = dict.fromkeys(("torchvision::roi_align", "torchvision::roi_pool"), places)
 
 
 def trace_rule(op: str, like: str | None = None):
