@@ -323,6 +323,8 @@ def test_lazy_models_and_no_models_are_refused():
         trace(nn.Sequential(nn.LazyConv2d(4, 3)), nets.inputs())
     with pytest.raises(TypeError, match="model must be"):
         trace(torch.relu, nets.inputs())
+    with pytest.raises(TypeError, match="must not be scripted"):
+        trace(torch.jit.trace(nn.Conv2d(3, 8, 3), nets.inputs()), nets.inputs())
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, contextlib.nullcontext])

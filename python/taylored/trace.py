@@ -1033,6 +1033,8 @@ def trace(model: nn.Module, example_inputs, *, fully_connected: bool = False) ->
     model = unwrapped(model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model must not be scripted: trace and prune the original, script what is left of it")
     args, kwargs = as_arguments(example_inputs)
     with torch.inference_mode(False):  # in inference mode operators arrive whole, convolutions and linear layers unseen
         tensors = named_tensors(model)
