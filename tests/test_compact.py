@@ -689,6 +689,14 @@ def test_a_model_is_cut_in_inference_mode():
         check_removal(model, x, graph, random_plan(graph, 0.5))
 
 
+def test_traces_and_plans_see_through_a_mask():
+    model, x = nets.small("depthwise"), nets.inputs()
+    graph = trace(model, x)
+    plan = random_plan(graph, 0.5)
+    with masked(model, graph, plan):
+        assert repr(trace(model, x)) == repr(graph) and random_plan(graph, 0.5) == plan
+
+
 def test_the_mask_goes_with_its_context():
     model, x = nets.small("depthwise"), nets.inputs()
     graph = trace(model, x)

@@ -301,6 +301,7 @@ class LabelMode(TorchDispatchMode):
     A tensor's labels are a tuple of int64 tensors, each broadcastable to its shape, no two of which vary along the
     same dimension. Subclasses say what `unite` and `freeze` do: a trace notes them, a rehearsal checks them."""
 
+    running = False  # whether any is; masks that are in force meanwhile step aside
     planned = False  # whether the model runs as a plan leaves it: one group of channels may be what is left of several
 
     def __init__(self, module_names: dict[int, str]):
@@ -1193,6 +1194,7 @@ def run_pass(model, stand_ins, mode: LabelMode, training: bool, args, kwargs) ->
     try:
         if not mode.keep_real:
             args, kwargs = (tree_map_only(torch.Tensor, mode.to_meta, a) for a in (args, kwargs))
+        LabelMode.running = True
         with untouched(model), in_mode(model, training), torch.no_grad(), rng, torch.compiler.set_stance("force_eager"), mode:
             output = torch.func.functional_call(model, stand_ins, args, kwargs)
     except TraceError:
@@ -1200,6 +1202,7 @@ def run_pass(model, stand_ins, mode: LabelMode, training: bool, args, kwargs) ->
     except Exception as error:
         raise TraceError(f"{line_at_fault(error.__traceback__)}: {type(error).__name__}: {error}") from error
     finally:
+        LabelMode.running = False
         for hook in hooks:
             hook.remove()
     outputs = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor)]
@@ -1246,6 +1249,8 @@ def watch_hooks() -> None:
 
 def _zeroing(mask, axis):
     def hook(_module, args):
+        if LabelMode.running:
+            return args
         x = args[0]
         m = mask.to(x.device, x.dtype)
         return (x * m.reshape([-1 if i == axis % x.ndim else 1 for i in range(x.ndim)]), *args[1:])
