@@ -54,7 +54,7 @@ class PrunePlan:
         still there. Raises PlanError for units that do not exist or a group of which none is left, TraceError as `rehearse`."""
         if unknown := removed.keys() - {g.name for g in graph.groups}:
             raise PlanError(f"removed names {sorted(unknown)}, which are no groups of the graph")
-        removed = {name: torch.as_tensor(units, dtype=torch.int64).unique() for name, units in removed.items()}
+        removed = {name: torch.as_tensor(units, dtype=torch.int64, device="cpu").unique() for name, units in removed.items()}
         removed = {g.name: removed[g.name] for g in graph.groups if len(removed.get(g.name, ()))}
         for name, units in removed.items():
             group = graph.group(name)
