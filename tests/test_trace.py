@@ -541,3 +541,36 @@ def test_what_happens_along_channels_holds_them_fast(op):
 def test_gated_linear_units_lose_both_halves():
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.GLU(1), nn.Conv2d(8, 5, 1))
     assert check(model, nets.inputs()).units == 8
+
+
+def test_channels_are_known_where_no_boxes_are_found():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.score = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 1, 1)
+            self.head, self.last = nn.Conv2d(8, 6, 1), nn.Conv2d(6, 5, 1)
+
+        def forward(self, x):
+            y = self.stem(x)
+            found = (self.score(y)[0, 0] > 1e9).nonzero().to(y.dtype)
+            boxes = torch.cat([torch.zeros(len(found), 1), found, found], 1)
+            regions = torch.zeros(len(boxes), y.shape[1], 2, 2)
+            regions[torch.arange(len(boxes))] = roi_align(y, boxes, 2)
+            return self.last(self.head(regions.relu()).relu())
+
+    graph = check(Net(), nets.inputs())
+    assert [group.layers for group in graph.groups] == [("stem",), ("head",)]
+
+
+def test_heads_that_one_layer_took_together_are_joined_with_others():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.pooled, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(8, 5, 1)
+
+        def forward(self, x):
+            heads = self.first(x).unflatten(1, (2, -1))
+            pooled = self.pooled(heads.flatten(0, 1)).unflatten(0, (-1, 2))
+            return self.last(torch.cat([heads, pooled], 3).flatten(1, 2))
+
+    assert check(Net(), nets.inputs()).units == 4

@@ -440,7 +440,7 @@ class LabelMode(TorchDispatchMode):
 
     def meet(self, operands, shape) -> tuple[torch.Tensor, ...]:
         """Unite the labels of tensors that are broadcast together to `shape`; returns the result's labels."""
-        labelled = [(t, [_pad(x, len(shape)) for x in self.get(t)]) for t in operands if t.numel() > 1]
+        labelled = [(t, [_pad(x, len(shape)) for x in self.get(t)]) for t in operands if t.numel() != 1]
         if not any(labels for _, labels in labelled):
             return ()
         if len(labelled) == 1:
@@ -486,7 +486,7 @@ class LabelMode(TorchDispatchMode):
         """Two dimensions must keep the same indices. Where only one has labels it cannot change."""
         if a is not None and b is not None:
             if a is not b:
-                self.unite(a, b)
+                self.unite(*torch.broadcast_tensors(a, b))
         elif a is not None or b is not None:
             self.freeze(a if a is not None else b, reason)
 
@@ -608,12 +608,12 @@ def written(mode, func, args, kwargs, out):
     """x[indices] = values, with integers for the leading dimensions: the others meet."""
     x, indices, values = args[:3]
     rest = x.ndim - len(indices)
-    if any(i is None or i.dtype in (torch.bool, torch.uint8) for i in indices) or (1 < values.numel() and values.ndim < rest):
+    if any(i is None or i.dtype in (torch.bool, torch.uint8) for i in indices) or (values.numel() != 1 and values.ndim < rest):
         return opaque(mode, (x, values), {}, out, f"written by index in {mode.where()!r}")
     reason = f"written into a buffer in {mode.where()!r}"
     fresh = id(x) in mode.uniform
     mode.freeze_all(x, reason, range(len(indices)))
-    if values.numel() > 1:
+    if values.numel() != 1:
         mode.uniform.discard(id(x))
         labels = mode.freeze_all(values, reason, range(values.ndim - rest))
         if fresh:
@@ -674,11 +674,14 @@ def cat(mode, func, args, kwargs, out):
     for axis in range(out.ndim):
         if axis != dim and out.shape[axis] > 1:
             found = [next((x for x in mine if x.shape[axis] > 1), None) for mine in others]
-            if any(x is not None for x in found):
-                for x in found:
-                    mode.bind(found[0], x, f"joined with a constant in {mode.where()!r}")
-                if all(x is not None for x in found):
-                    labels.append(found[0])
+            there = [x for x in found if x is not None]
+            for x in there:
+                if len(there) < len(found):
+                    mode.spread(x, f"joined with a constant in {mode.where()!r}", (axis,))
+                else:
+                    mode.bind(there[0], x, "")
+            if there and len(there) == len(found) and not any(there[0] is x for x in labels):
+                labels.append(there[0])
     mode.set(out, labels)
 
 
