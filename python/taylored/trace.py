@@ -311,6 +311,7 @@ class LabelMode(TorchDispatchMode):
         self.calls = itertools.count()
         self.labels: dict[int, tuple[torch.Tensor, ...]] = {}
         self.alive: list[torch.Tensor] = []  # an id must not be reused while its labels are kept
+        self.tied: dict[tuple[int, ...], torch.Tensor] = {}  # labels that `spread` has tied, by id and dimensions left
         self.uniform: set[int] = set()  # tensors with the same value, or fresh noise, in every channel
         self.lost: dict[int, str] = {}  # why a tensor has no labels, where an op is to blame
         self.meta: dict[int, torch.Tensor] = {}
@@ -435,7 +436,10 @@ class LabelMode(TorchDispatchMode):
         if not others:
             self.freeze(label, reason)
             return False
-        self.tie(label.movedim(others, list(range(len(others)))).reshape(math.prod(label.shape[d] for d in others), -1))
+        key = (id(label), *others)
+        if key not in self.tied:  # a detector takes its scores apart class by class
+            self.tied[key] = label
+            self.tie(label.movedim(others, list(range(len(others)))).reshape(math.prod(label.shape[d] for d in others), -1))
         return True
 
     def meet(self, operands, shape) -> tuple[torch.Tensor, ...]:
