@@ -7,11 +7,13 @@ from taylored.checkpoint import load, save
 from taylored.compact import Removed, compact, masked, restore
 from taylored.criteria import spearman
 from taylored.export import export
+from taylored.labels import TraceError
 from taylored.oracle import oracle
 from taylored.plan import PlanError, PrunePlan, diff, make_plan, random_plan, rehearse
 from taylored.prune import PruneResult, prune
+from taylored.rules import trace_rule
 from taylored.score import TaylorScorer
-from taylored.trace import ChannelGraph, Group, TraceError, trace, trace_rule
+from taylored.trace import ChannelGraph, Group, trace
 
 # Plain values: torch.load(..., weights_only=True) may make them, and a checkpoint of one's own may hold them.
 torch.serialization.add_safe_globals([PrunePlan, Removed])

@@ -37,11 +37,11 @@ from taylored.job import (
     images,
     prepare,
 )
+from taylored.labels import TraceError
 from taylored.oracle import PRECISIONS, parse_memory
 from taylored.plan import NORMS, PlanError, make_plan
 from taylored.prune import updates
 from taylored.rank import rank
-from taylored.trace import TraceError
 
 PRUNED, REPORT = "pruned.safetensors", "report.html"
 ERRORS = (data.DataError, zoo.ModelError, CheckpointError, PlanError, TraceError, ExportError, FloatingPointError)

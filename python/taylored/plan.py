@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from taylored.files import digest
-from taylored.trace import FIXED, ChannelGraph, Rehearsal, TraceError, check_fit, complement, named_tensors, unwrapped
+from taylored.labels import TraceError
+from taylored.rules import FIXED
+from taylored.trace import ChannelGraph, Rehearsal, check_fit, complement, named_tensors, unwrapped
 
 NORMS = {
     "none": lambda s: torch.ones((), dtype=s.dtype),
