@@ -229,6 +229,39 @@ class _Draw:
 
 
 @st.composite
+def random_trunks(draw):
+    """As `random_nets`: a trunk whose channels are dealt out by splits and shuffles, over and over. Each block takes the trunk
+    apart, puts some pieces through layers of their own, joins all, in any order, and shuffles."""
+    d = _Draw(draw)
+    d.convolution()
+    pieces = d.pick([2, 2, 2, 3, 4])
+    part = d.pick([3, 4, 5, 6, 8])
+    width = pieces * part
+    d.add(nn.Conv2d(d.shapes[-1][0], width, 1), [len(d.shapes) - 1], (width, side := d.shapes[-1][1]))
+    for _ in range(d.pick([1, 2, 3])):
+        trunk = len(d.shapes) - 1
+        d.add(lambda x: x.chunk(pieces, 1), [trunk], *[(part, side)] * pieces)
+        parts = list(range(trunk + 1, trunk + 1 + pieces))
+        for i in draw(st.lists(st.sampled_from(range(pieces)), min_size=1, max_size=pieces, unique=True)):
+            layers = [nn.Conv2d(part, hidden := d.width(), 1), nn.Tanh(), nn.Conv2d(hidden, part, 1)]
+            if d.pick([True, False]):
+                layers += [nn.Conv2d(part, part, 3, padding=1, groups=part), nn.BatchNorm2d(part)]
+            if d.pick([True, False, False]):
+                layers = [nn.Conv2d(part, part, 3, padding=1, groups=part), *layers]
+            d.add(nn.Sequential(*layers), [parts[i]], (part, side))
+            parts[i] = len(d.shapes) - 1
+        parts = list(draw(st.permutations(parts)))
+        d.add(lambda *maps: torch.cat(maps, 1), parts, (width, side))
+        if groups := d.pick([0, pieces, pieces, width // part if part % 2 else 2]):
+            if width % groups == 0:
+                d.add(d.pick([shuffled(groups), nn.ChannelShuffle(groups)]), [len(d.shapes) - 1], (width, side))
+    d.convolution()
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    net = Net(d.steps, d.shapes[-1], d.pick(["mean", "map"]))
+    return randomised(net).double().eval()
+
+
+@st.composite
 def random_nets(draw):
     """A net in float64, in eval mode, with weights and statistics of a drawn seed, for inputs [N, 3, 8, 8]."""
     d = _Draw(draw)

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
 import taylored
-from taylored import PlanError, TraceError, compact, masked, random_plan, trace
+from taylored import PlanError, TraceError, compact, masked, random_plan, restore, trace
 
 FAMILIES = [
     "alexnet", "vgg11", "vgg16_bn", "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "densenet121", "googlenet",
@@ -115,8 +115,9 @@ def test_one_unit_of_each_group_may_be_all_that_is_left(name):
     x = nets.inputs() if name in nets.NETS else torch.randn(2, 3, 64, 64)
     model = nets.small(name) if name in nets.NETS else nets.randomised(models.get_model(name, weights=None), x).eval()
     graph = trace(model, x)
-    plan = taylored.PrunePlan.of(graph, {g.name: torch.arange(1, g.units) for g in graph.groups})
-    assert set(plan.kept.values()) == {1}
+    plan = random_plan(graph, 1.0)
+    bundled = {name for bundle in graph.bundles for name in bundle.groups}
+    assert {kept for name, kept in plan.kept.items() if name not in bundled} == {1}
     check_removal(model, x, graph, plan, apart=False)
 
 
@@ -626,13 +627,33 @@ def test_an_average_that_does_not_fit_stops_everything():
     assert nets.unchanged(before, model)
 
 
-@pytest.mark.parametrize("indices", [[1, 0], [0, 0], [0, 99], [-1, 0], []])
-def test_unsorted_or_stray_indices_are_refused(indices):
+def test_what_stays_may_stay_in_another_order():
+    model, x = nets.small("chain", dtype=torch.float64), nets.inputs(dtype=torch.float64)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(x).sum().backward()
+    optimizer.step()
+    state, grads = copy.deepcopy(model.state_dict()), {name: p.grad.clone() for name, p in model.named_parameters()}
+    momenta = {name: optimizer.state[p]["exp_avg"].clone() for name, p in model.named_parameters()}
+    plan = random_plan(trace(model, x), 0.5)
+    plan = dataclasses.replace(plan, keep={key: kept.flip(0) for key, kept in plan.keep.items()}, graph=None)
+    removed = compact(model, plan, optimizer=optimizer, keep_removed=True)
+    for name, p in model.named_parameters():
+        for now, then in ((p, state[name]), (p.grad, grads[name]), (optimizer.state[p]["exp_avg"], momenta[name])):
+            for d, kept in plan.cuts.get(name, {}).items():
+                then = then.index_select(d, kept)
+            assert torch.equal(now, then)
+    restore(model, removed, optimizer)
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+    assert all(torch.equal(p.grad, grads[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("indices", [[0, 0], [0, 99], [-1, 0], [1, 0, 1], []])
+def test_double_or_stray_indices_are_refused(indices):
     model, x = nets.small("chain"), nets.inputs()
     plan = random_plan(trace(model, x), 0.5)
     key = next(iter(plan.keep))
     bad = dataclasses.replace(plan, keep={**plan.keep, key: torch.tensor(indices, dtype=torch.int64)})
-    with refused(model, PlanError, "ascending"):
+    with refused(model, PlanError, "different"):
         compact(model, bad)
 
 

@@ -51,6 +51,9 @@ class LabelMode(TorchDispatchMode):
     def unite(self, a: torch.Tensor, b: torch.Tensor) -> None:
         raise NotImplementedError
 
+    def balance(self, rows: torch.Tensor) -> None:
+        """Each column [n] of the labels is a piece of the channels, one of several that must stay equally many."""
+
     def freeze(self, label: torch.Tensor, reason: str) -> None:
         raise NotImplementedError
 

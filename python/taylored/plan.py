@@ -35,7 +35,8 @@ class PlanError(ValueError):
 class PrunePlan:
     """What to remove, and what every affected dimension keeps.
 
-    removed: group name -> sorted int64 unit indices. keep: (tensor name, dimension) -> sorted int64 indices that stay.
+    removed: group name -> sorted int64 unit indices. keep: (tensor name, dimension) -> int64 indices that stay, in the order in
+    which they stay: ascending but where a split or shuffle deals the channels of a narrower model out in another order.
     units: group name -> units before. shapes: the shape before of every tensor in keep. flops, params: (before, after);
     FLOPs are those of the traced example inputs. graph: where the plan comes from, None after loading from a file; rehearsed:
     whether the traced model was seen to run with it.
@@ -58,13 +59,17 @@ class PrunePlan:
             raise PlanError(f"removed names {sorted(unknown)}, which are no groups of the graph")
         removed = {name: torch.as_tensor(units, dtype=torch.int64, device="cpu").unique() for name, units in removed.items()}
         removed = {g.name: removed[g.name] for g in graph.groups if len(removed.get(g.name, ()))}
+        bundled = {name for bundle in graph.bundles for name in bundle.groups}
         for name, units in removed.items():
             group = graph.group(name)
             if units[0] < 0 or units[-1] >= group.units:
                 raise PlanError(f"removed[{name!r}] has an index outside of the group's {group.units} units")
-            if len(units) == group.units:
+            if len(units) == group.units and name not in bundled:
                 raise PlanError(f"removed[{name!r}] leaves none of the group's {group.units} units")
-        keep, after = graph.keep(removed), graph.after(removed)
+        try:
+            keep, after = graph.keep(removed), graph.after(removed)
+        except ValueError as error:
+            raise PlanError(f"removed does not take the same share of all that must shrink together: {error}") from error
         plan = cls(
             removed=removed,
             keep=keep,
@@ -85,7 +90,7 @@ class PrunePlan:
         removed = {}
         for name, size in self.units.items():
             left = complement(self.removed.get(name, ()), size)
-            if later.units.get(name) != len(left):
+            if later.units.get(name, 0) != len(left):
                 raise PlanError(
                     f"the later plan starts from {later.units.get(name)} units of {name!r}, this one leaves {len(left)}"
                 )
@@ -284,7 +289,9 @@ def make_plan(
     so many channels per group. min_units: units each group keeps at least; max_ratio: share of each group that may go;
     both also as a dict by group name. ignore: modules, or names of modules or groups, whose filters all stay.
 
-    Raises PlanError when the budget cannot be met, naming what is the least that can be reached.
+    The groups of a bundle (`Bundle`) lose their lowest units together, a step of its width at a time, for the mean of their
+    scores; round_to, min_units and max_ratio are about its width. Raises PlanError when the budget cannot be met, naming what is
+    the least that can be reached.
     """
     scores = _checked(graph, scores)
     for argument, limits in (("min_units", min_units), ("max_ratio", max_ratio)):
@@ -304,23 +311,28 @@ def make_plan(
     ignored = _ignored(graph, ignore)
     dear = _flops_per_unit(graph, price if name != "target_params" else Price(graph, graph.flop_costs), full)
 
-    chunks = []  # (score, index of the group, units): what is removed at one stroke
-    for i, group in enumerate(graph.groups):
-        if group.name not in scores or group.name in ignored:
+    strokes = []  # (score, index of the group -> units removed at one stroke), always the lowest that are left
+    order, limits = {}, (min_units, max_ratio)
+    for together, options in _shrinking(graph, round_to, limits):
+        if any(graph.groups[i].name not in scores or graph.groups[i].name in ignored for i in together):
             continue
-        s = scores[group.name]
-        norm = NORMS[normalize](s)
-        s = s / norm if norm > 0 else s
-        s = s - flops_weight * dear[i]
-        order = torch.argsort(s, stable=True)
-        for start, stop in _strokes(
-            group, graph, round_to, _limit("min_units", min_units, group), _limit("max_ratio", max_ratio, group)
-        ):
-            chunks.append((float(s[order[start:stop]].mean()), i, order[start:stop]))
-    chunks.sort(key=lambda c: c[0])
-    counts = np.zeros((len(chunks) + 1, len(graph.groups)), dtype=np.int64)
-    for n, (_, i, units) in enumerate(chunks):
-        counts[n + 1, i] = len(units)
+        joint = torch.cat([scores[graph.groups[i].name] for i in together])
+        norm = NORMS[normalize](joint)
+        values = {}
+        for i in together:
+            s = scores[graph.groups[i].name] / (norm if norm > 0 else 1.0) - flops_weight * dear[i]
+            order[i] = torch.argsort(s, stable=True)
+            values[i] = s[order[i]]
+        gone, least = dict.fromkeys(together, 0), -math.inf
+        for after in options:
+            going = torch.cat([values[i][gone[i] : after[i]] for i in together])
+            least = max(least, float(going.mean()))  # a bundle's strokes cannot change places
+            strokes.append((least, {i: after[i] - gone[i] for i in together}))
+            gone = after
+    strokes.sort(key=lambda s: s[0])
+    counts = np.zeros((len(strokes) + 1, len(graph.groups)), dtype=np.int64)
+    for n, (_, going) in enumerate(strokes):
+        counts[n + 1, list(going)] = list(going.values())
     counts = counts.cumsum(axis=0)  # units gone from each group after the first n strokes
 
     if name == "remove_units":
@@ -338,25 +350,25 @@ def make_plan(
                 f"with every unit gone that may go {least} ({least / max(total, 1):.3f}) remain. Let more go (min_units, "
                 f"max_ratio, round_to, ignore) or raise the budget"
             )
-        low, n = 0, len(chunks)  # the price falls with every stroke: find the first prefix within the limit
+        low, n = 0, len(strokes)  # the price falls with every stroke: find the first prefix within the limit
         while low < n:
             middle = (low + n) // 2
             low, n = (low, middle) if price(full - counts[middle]) <= limit else (middle + 1, n)
-    removed: dict[str, list[torch.Tensor]] = {}
-    for _, i, units in chunks[:n]:
-        removed.setdefault(graph.groups[i].name, []).append(units)
-    return PrunePlan.of(graph, {name: torch.cat(parts) for name, parts in removed.items()})
+    return PrunePlan.of(graph, {graph.groups[i].name: order[i][: counts[n, i]] for i in order})
 
 
 def random_plan(graph: ChannelGraph, ratio: float, seed: int = 0) -> PrunePlan:
-    """Remove the share `ratio` of every group's units (rounded down, never all) at random: for tests and baselines."""
+    """Remove the share `ratio` of every group's units (rounded down, never all) at random: for tests and baselines. Of a
+    bundle's width the narrowest that leaves as much."""
     if not 0 <= ratio <= 1:
         raise PlanError(f"ratio must lie between 0 and 1, got {ratio}")
     generator = torch.Generator().manual_seed(seed)
     removed = {}
-    for group in graph.groups:
-        order = torch.randperm(group.units, generator=generator)
-        removed[group.name] = order[: min(int(ratio * group.units), group.units - 1)]
+    for together, options in _shrinking(graph, 1, (1, ratio)):
+        *_, gone = (dict.fromkeys(together, 0), *options)
+        for i, count in gone.items():
+            group = graph.groups[i]
+            removed[group.name] = torch.randperm(group.units, generator=generator)[:count]
     return PrunePlan.of(graph, removed)
 
 
@@ -394,16 +406,33 @@ def _limit(argument, value, group):
     return value
 
 
-def _strokes(group, graph, round_to, min_units, max_ratio):
-    """(start, stop) ranges of a group's units, cheapest first, each removed at one stroke so that what stays divides."""
-    channels = max((int((graph.layers[name].filters >= 0).sum()) for name in group.layers), default=group.units)
-    width = max(1, channels // group.units)  # channels that a unit has in its widest layer
-    step = round_to // math.gcd(round_to, width)
-    keep = max(min_units, math.ceil(group.units * (1 - max_ratio) - 1e-9), 1)
-    start, stop = 0, group.units % step or step
-    while group.units - stop >= keep:
-        yield start, stop
-        start, stop = stop, stop + step
+def _shrinking(graph, round_to, limits):
+    """What shrinks by itself, a group or a bundle: the indices of its groups, and the counts of units gone from each (index ->
+    count), from few to many."""
+    bundled = {name for bundle in graph.bundles for name in bundle.groups}
+    for i, group in enumerate(graph.groups):
+        if group.name not in bundled:
+            keep = max(_limits(limits, group, group.units), 1)
+            channels = max((int((graph.layers[name].filters >= 0).sum()) for name in group.layers), default=group.units)
+            width = max(1, channels // group.units)  # channels that a unit has in its widest layer
+            step = round_to // math.gcd(round_to, width)
+            yield [i], [{i: gone} for gone in range(group.units % step or step, group.units - keep + 1, step)]
+    layouts = list(graph.narrower(round_to))
+    for number, bundle in enumerate(graph.bundles):
+        together = [i for i, group in enumerate(graph.groups) if group.name in bundle.groups]
+        keep = max(_limits(limits, graph.groups[i], bundle.width) for i in together)
+        options = {}
+        for widths, layout in layouts:
+            if keep <= widths[number] < bundle.width:
+                left = {g.name: g.units for g in layout.groups}
+                options[widths[number]] = {i: graph.groups[i].units - left.get(graph.groups[i].name, 0) for i in together}
+        yield together, list(options.values())
+
+
+def _limits(limits, group, units) -> int:
+    """How many of the units must stay, by (min_units, max_ratio)."""
+    min_units, max_ratio = (_limit(*pair, group) for pair in zip(("min_units", "max_ratio"), limits, strict=True))
+    return max(min_units, math.ceil(units * (1 - max_ratio) - 1e-9))
 
 
 def _flops_per_unit(graph, price, full) -> np.ndarray:

@@ -12,6 +12,7 @@ import itertools
 import torch
 
 aten = torch.ops.aten
+SHUFFLES = (aten.channel_shuffle, aten.native_channel_shuffle)
 FIXED = -1  # the label of a slot that no unit owns
 
 
@@ -102,8 +103,8 @@ def metadata(mode, func, args, kwargs, out):
 def movement(mode, func, args, kwargs, out):
     """Every element goes to a new place: the same op on the labels says where.
 
-    A dimension cut in two keeps its meaning with fewer channels if every piece loses the same positions; channels that
-    pixel_shuffle spreads out in space, if they go with all others of their output channel."""
+    A dimension cut in two keeps its meaning with fewer channels if every piece loses as many; channels that pixel_shuffle
+    spreads out in space, if they go with all others of their output channel."""
     x = args[0]
     mode.uniform.discard(id(x))
     move = aten.reshape if func.overloadpacket in (aten.view, aten._unsafe_view) else func
@@ -112,8 +113,12 @@ def movement(mode, func, args, kwargs, out):
         moved = compress(move(label.expand(x.shape), *args[1:], **kwargs))
         axes = varying(moved)
         if len(axes) > len(varying(label)):
-            axis = x.ndim - 3 if func.overloadpacket is aten.pixel_shuffle else axes[-1]
-            mode.tie(moved.movedim(axis, 0).reshape(moved.shape[axis], -1))
+            spread = func.overloadpacket is aten.pixel_shuffle
+            axis = x.ndim - 3 if spread else axes[-1]
+            rows = moved.movedim(axis, 0).reshape(moved.shape[axis], -1)
+            (mode.tie if spread else mode.balance)(rows)
+        elif func.overloadpacket in SHUFFLES and 1 in varying(label):
+            mode.balance(label.movedim(1, 0).reshape(args[1], -1).t())
         labels.append(moved)
     mode.set(out, labels)
 
@@ -161,7 +166,7 @@ def written(mode, func, args, kwargs, out):
 
 
 def split(mode, func, args, kwargs, out):
-    """Pieces of equal size must lose equal positions, so these are united; unequal pieces cannot change."""
+    """Pieces of equal size must lose as many channels each; unequal pieces cannot change."""
     x, unbound = args[0], func.overloadpacket is aten.unbind
     mode.uniform.discard(id(x))
     position = 1 if unbound else 2
@@ -173,11 +178,10 @@ def split(mode, func, args, kwargs, out):
     for piece in out:
         mode.set(piece, ())
     for label in labels:
-        pieces = [compress(p) for p in func(label.expand(x.shape), *args[1:], **kwargs)]
-        for tensor, piece in zip(out, pieces, strict=True):
-            if alike and piece is not pieces[0] and dim in varying(label):
-                mode.unite(pieces[0], piece)
-            mode.set(tensor, (*mode.get(tensor), piece))
+        if alike and dim in varying(label):
+            mode.balance(torch.stack([piece.reshape(-1) for piece in label.split(out[0].shape[dim], dim)], 1))
+        for tensor, piece in zip(out, func(label.expand(x.shape), *args[1:], **kwargs), strict=True):
+            mode.set(tensor, (*mode.get(tensor), compress(piece)))
 
 
 def glu(mode, func, args, kwargs, out):

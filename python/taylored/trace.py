@@ -24,6 +24,7 @@ from taylored.labels import LabelMode, TraceError, line_at_fault
 from taylored.rules import FIXED, slot_at, tensors_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+ALONE = "all its channels are one unit"
 CONSUMERS = (*CONVOLUTIONS, nn.Linear, nn.RNNBase)  # what contracts over its first argument's channels
 
 
@@ -56,6 +57,20 @@ class Group:
 
     def __repr__(self):
         return f"Group({self.name!r}, units={self.units}, layers={list(self.layers)}, consumers={list(self.inputs)})"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bundle:
+    """Groups whose channels a split or shuffle deals out by their positions, as in the trunk of a ShuffleNet: every unit can
+    go by itself, but the dimensions they are in must all keep the same share of them, or positions would mean something else.
+
+    sizes: for every dimension, how many of its indices belong to the groups' units; width: the greatest number that divides
+    them all. How many units each group keeps at a smaller width is for the model to say, see `ChannelGraph.layout`.
+    """
+
+    groups: tuple[str, ...]
+    sizes: dict[tuple[str, int], int]
+    width: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,8 +111,9 @@ class ChannelGraph:
     """What `trace` found: the groups of removable units, and what every channel costs.
 
     layers: every convolution and linear layer, by name. shapes, dtypes: every parameter's and buffer's. components: for
-    every (tensor, dimension) the component of each index; frozen: component -> why it cannot be removed. flops are those
-    of the example inputs in eval mode, two per multiply-add, as torch.utils.flop_counter counts them.
+    every (tensor, dimension) the component of each index; frozen: component -> why it cannot be removed. bundles: groups that
+    can only shrink together. flops are those of the example inputs in eval mode, two per multiply-add, as
+    torch.utils.flop_counter counts them.
     """
 
     model: str
@@ -111,6 +127,9 @@ class ChannelGraph:
     flop_costs: tuple[Cost, ...]
     passes: tuple["Pass", ...]
     modules: weakref.WeakKeyDictionary  # module -> name
+    fully_connected: bool
+    bundles: tuple[Bundle, ...] = ()
+    layouts: dict[tuple[int, ...], "ChannelGraph | TraceError"] = dataclasses.field(default_factory=dict)  # found so far
 
     def __getstate__(self):
         return {**self.__dict__, "modules": {}}
@@ -184,11 +203,16 @@ class ChannelGraph:
 
     def source(self) -> nn.Module | None:
         """The model that was traced, where it is still alive, has the same modules, and has been cut as the graph has."""
+        model = self._traced()
+        there = {} if model is None else {name: tuple(t.shape) for name, t in named_tensors(model).items()}
+        return model if there == self.shapes else None
+
+    def _traced(self) -> nn.Module | None:
+        """The same, however it has been cut since."""
         model = next((module for module, name in self.modules.items() if not name), None)
         if model is None or any(self.modules.get(module) != name for name, module in model.named_modules()):
             return None
-        there = {name: tuple(t.shape) for name, t in named_tensors(model).items()}
-        return model if there == self.shapes else None
+        return model
 
     def members(self, group: Group) -> list[int]:
         """The components that are a group's units."""
@@ -197,15 +221,77 @@ class ChannelGraph:
 
     def keep(self, removed: dict[str, torch.Tensor]) -> dict[tuple[str, int], torch.Tensor]:
         """For every (tensor name, dimension) that loses something with the given units (group name -> unit indices), the
-        indices that stay."""
+        indices that stay, in the order in which they stay."""
         lost: dict[tuple[str, int], list[np.ndarray]] = {}
         for name, units in removed.items():
             for key, slots in self.group(name).slots.items():
                 lost.setdefault(key, []).append(slots.numpy()[units.numpy()].ravel())
-        return {(t, d): complement(np.concatenate(gone), self.shapes[t][d]) for (t, d), gone in lost.items()}
+        keep = {(t, d): complement(np.concatenate(gone), self.shapes[t][d]) for (t, d), gone in lost.items()}
+        dealt = {key for bundle in self.bundles if removed.keys() & set(bundle.groups) for key in bundle.sizes}
+        if dealt:  # the narrower model has its units in an order of its own
+            after = {g.name: g for g in self.after(removed).groups}
+            for key in dealt:
+                order, others = np.full(len(keep[key]), -1), np.ones(self.shapes[key[0]][key[1]], dtype=bool)
+                for g in self.groups:
+                    if key in g.slots:
+                        others[g.slots[key].flatten().numpy()] = False
+                        if g.name in after:
+                            stay = complement(removed.get(g.name, ()), g.units)
+                            order[after[g.name].slots[key].flatten().numpy()] = g.slots[key][stay].flatten().numpy()
+                order[order == -1] = np.flatnonzero(others)
+                keep[key] = torch.from_numpy(order)
+        return keep
+
+    def layout(self, widths: tuple[int, ...]) -> "ChannelGraph":
+        """The graph of the model with its bundles at the given widths: it runs so on the meta device, to say which channel goes
+        where. Raises TraceError if it does not run, or deals channels out to others than the whole model does."""
+        if widths == tuple(bundle.width for bundle in self.bundles):
+            return self
+        if widths not in self.layouts:
+            try:
+                self.layouts[widths] = _layout(self, widths)
+            except TraceError as error:
+                self.layouts[widths] = error
+        if isinstance(found := self.layouts[widths], TraceError):
+            raise found
+        return found
+
+    def narrower(self, round_to: int = 1):
+        """Yields widths of the bundles at which the model runs, multiples of `round_to`, at most 16, widest first; and the
+        layout of each. All bundles shrink at once."""
+        steps = [round_to * math.ceil(bundle.width / (16 * round_to)) for bundle in self.bundles]
+        options = [range((b.width - 1) // step * step, 1, -step) for b, step in zip(self.bundles, steps, strict=True)]
+        for number in range(max(map(len, options), default=0)):
+            widths = (o[min(number, len(o) - 1)] if o else b.width for o, b in zip(options, self.bundles, strict=True))
+            try:
+                yield (widths := tuple(widths)), self.layout(widths)
+            except TraceError:
+                continue
+
+    def _widths(self, removed) -> tuple[int, ...]:
+        """Those of the bundles without the given units. Raises ValueError if there are none."""
+        widths = []
+        for bundle in self.bundles:
+            key, size = next(iter(bundle.sizes.items()))
+            inside = [g for g in self.groups if g.name in bundle.groups and key in g.slots]
+            gone = sum(len(removed.get(g.name, ())) * g.slots[key].shape[1] for g in inside)
+            width, rest = divmod((size - gone) * bundle.width, size)
+            if rest:
+                raise ValueError(f"the groups {list(bundle.groups)} must lose the same share of every dimension")
+            widths.append(width)
+        left = {g.name: g.units for g in self.layout(tuple(widths)).groups}
+        for name in itertools.chain.from_iterable(bundle.groups for bundle in self.bundles):
+            if len(removed.get(name, ())) != self.group(name).units - left.get(name, 0):
+                units = self.group(name).units
+                raise ValueError(f"of the {units} units of {name!r} {left.get(name, 0)} stay where its bundle is {widths} wide")
+        return tuple(widths)
 
     def after(self, removed: dict[str, torch.Tensor]) -> "ChannelGraph":
-        """The graph of the model once the given units (group name -> unit indices) are gone."""
+        """The graph of the model once the given units (group name -> unit indices) are gone. Raises ValueError if those of a
+        bundle do not go together."""
+        if (narrow := self.layout(self._widths(removed))) is not self:
+            bundled = set(itertools.chain.from_iterable(bundle.groups for bundle in self.bundles))
+            return narrow.after({name: units for name, units in removed.items() if name not in bundled})
         gone = np.zeros(1 + max((int(c.max(initial=0)) for c in self.components.values()), default=0), dtype=bool)
         keeps = {g.name: complement(removed.get(g.name, ()), g.units) for g in self.groups}
         for g in self.groups:
@@ -241,6 +327,7 @@ class ChannelGraph:
             },
             components=components,
             flop_costs=tuple(Cost(c.coefficient, tuple(shared[id(d)] for d in c.dimensions)) for c in self.flop_costs),
+            layouts={},
         )
 
     def __repr__(self):
@@ -281,6 +368,8 @@ class Tracer(LabelMode):
         super().__init__(module_names)
         self.fully_connected = fully_connected
         self.edges: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.ties: list[tuple[torch.Tensor, torch.Tensor]] = []  # of equal positions in pieces that must stay equally many
+        self.pieces = 1  # the most that anything was cut into
         self.frozen: list[tuple[torch.Tensor, str]] = []
         self.filters: list[torch.Tensor] = []
         self.heads: list[torch.Tensor] = []  # filters of fully connected layers
@@ -289,6 +378,10 @@ class Tracer(LabelMode):
 
     def unite(self, a, b):
         self.edges.append((a.reshape(-1), b.reshape(-1)))
+
+    def balance(self, rows):
+        self.ties += [(rows[:, 0], rows[:, i]) for i in range(1, rows.shape[1])]
+        self.pieces = max(self.pieces, rows.shape[1])
 
     def freeze(self, label, reason):
         self.frozen.append((label.reshape(-1), reason))
@@ -348,12 +441,14 @@ def trace(model: nn.Module, example_inputs, *, fully_connected: bool = False) ->
                 run = _run(model, tensors, args, kwargs, fully_connected, real=True)
             except TraceError as error:
                 raise error from on_meta
-        rigid: dict[int, str] = {}
-        graph = _build(model, tensors, *run, rigid)
-        while found := _rigid(model, graph, bool(rigid)):
-            rigid |= found
-            graph = _build(model, tensors, *run, rigid)
-        return graph
+        known = False
+        while True:
+            graph = _build(model, tensors, *run)
+            if not (found := _rigid(model, graph, known)):
+                return graph
+            tracer, known = run[0], True
+            for reason in set(found.values()):  # a component is one of its labels
+                tracer.freeze(torch.tensor([c for c, why in found.items() if why == reason]), reason)
 
 
 def as_arguments(example_inputs) -> tuple[tuple, dict]:
@@ -419,15 +514,7 @@ def _run(model, tensors, args, kwargs, fully_connected, real):
     tracer = Tracer({id(m): name for name, m in model.named_modules()}, fully_connected)
     tracer.keep_real = real
     stand_ins = {n: t.detach().clone() if real else torch.empty_like(t, device="meta") for n, t in tensors.items()}
-    offsets, total = {}, 0
-    for name, tensor in stand_ins.items():
-        labels = []
-        for d, size in enumerate(tensor.shape):
-            if size > 1:
-                offsets[name, d] = total
-                labels += slot_at(torch.arange(total, total + size), tensor.ndim, d)
-                total += size
-        tracer.set(tensor, labels)
+    offsets, total = _label(tracer, stand_ins)
     passes = [run_pass(model, stand_ins, tracer, False, args, kwargs)]
     costs, tracer.costs = tracer.costs, []
     unseen = [name for name, _ in model.named_parameters() if id(stand_ins[name]) not in tracer.seen]
@@ -439,8 +526,72 @@ def _run(model, tensors, args, kwargs, fully_connected, real):
         unseen = [name for name in unseen if id(stand_ins[name]) not in tracer.seen]
         if unseen:
             warnings.warn(f"the forward pass never used {unseen}; they are left as they are", stacklevel=3)
-    tracer.edges.append((torch.tensor([], dtype=torch.int64),) * 2)
     return tracer, tuple(passes), offsets, total, costs
+
+
+def _label(tracer, stand_ins) -> tuple[dict[tuple[str, int], int], int]:
+    """Give every dimension labels of its own. Returns the first label of each, and how many there are."""
+    offsets, total = {}, 0
+    for name, tensor in stand_ins.items():
+        labels = []
+        for d, size in enumerate(tensor.shape):
+            if size > 1:
+                offsets[name, d] = total
+                labels += slot_at(torch.arange(total, total + size), tensor.ndim, d)
+                total += size
+        tracer.set(tensor, labels)
+    return offsets, total
+
+
+def _layout(graph: ChannelGraph, widths: tuple[int, ...]) -> ChannelGraph:
+    """See `ChannelGraph.layout`. The groups keep their names; their units keep their order."""
+    model = graph._traced()
+    if model is None:
+        raise TraceError("the model that was traced is gone, or has other modules: trace it anew")
+    shapes = {name: list(shape) for name, shape in graph.shapes.items()}
+    for bundle, width in zip(graph.bundles, widths, strict=True):
+        for (name, d), size in bundle.sizes.items():
+            shapes[name][d] -= size - size // bundle.width * width
+    tracer = Tracer({id(m): name for name, m in model.named_modules()}, graph.fully_connected)
+    tracer.grouped = {name for name, layer in graph.layers.items() if layer.is_grouped}
+    stand_ins = {name: torch.empty(shape, dtype=graph.dtypes[name], device="meta") for name, shape in shapes.items()}
+    offsets, total = _label(tracer, stand_ins)
+    passes, costs = [], []
+    with torch.inference_mode(False), resized(model, shapes):
+        for traced in graph.passes:
+            passes.append(run_pass(model, stand_ins, tracer, traced.training, traced.args, traced.kwargs))
+            costs = costs or tracer.costs
+            tracer.costs = []
+    if [p.outputs for p in passes] != [p.outputs for p in graph.passes]:
+        raise TraceError("with fewer channels the model's outputs would change shape")
+    loose = {key for bundle in graph.bundles for key in bundle.sizes}
+    small = _build(model, stand_ins, tracer, tuple(passes), offsets, total, costs, loose)
+    known = {_signature(g): g for g in graph.groups}
+    groups, frozen = [], dict(small.frozen)
+    for g in small.groups:
+        if original := known.get(_signature(g)):
+            groups.append(dataclasses.replace(g, name=original.name))
+        else:
+            frozen |= dict.fromkeys(small.members(g), "it stays in the whole model")
+    there = {g.name for g in groups}
+    bundles = tuple(
+        Bundle(tuple(n for n in b.groups if n in there), {key: size // b.width * w for key, size in b.sizes.items()}, w)
+        for b, w in zip(graph.bundles, widths, strict=True)
+    )
+    for bundle in bundles:
+        for key, size in bundle.sizes.items():
+            if sum(g.slots[key].numel() for g in groups if g.name in bundle.groups and key in g.slots) != size:
+                raise TraceError(f"with fewer channels {key[0]!r} gets others than it has")
+    order = {g.name: n for n, g in enumerate(graph.groups)}
+    if any(g.units > graph.group(g.name).units for g in groups):
+        raise TraceError("with fewer channels some would be needed twice")
+    groups.sort(key=lambda g: order[g.name])
+    return dataclasses.replace(small, groups=tuple(groups), frozen=frozen, bundles=bundles)
+
+
+def _signature(group: Group) -> frozenset:
+    """What makes units interchangeable: in which dimensions they have how many slots."""
+    return frozenset((key, s.shape[1]) for slots in (group.slots, group.inputs) for key, s in slots.items())
 
 
 def twice(args, kwargs):
@@ -593,6 +744,21 @@ def size_attributes(model, before, after) -> list[tuple[str, nn.Module, dict[str
     return found
 
 
+@contextlib.contextmanager
+def resized(model, shapes):
+    """Within the context modules say of their sizes what they will once the model's tensors have the given shapes."""
+    there = {name: tuple(t.shape) for name, t in named_tensors(model).items()}
+    attributes = size_attributes(model, {n: shape for n, shape in there.items() if shape != tuple(shapes[n])}, shapes)
+    before = [(module, {name: getattr(module, name) for name in values}) for _, module, values in attributes]
+    try:
+        for _, module, values in attributes:
+            module.__dict__.update(values)
+        yield
+    finally:
+        for module, values in before:
+            module.__dict__.update(values)
+
+
 class Rehearsal(LabelMode):
     """Runs the model as it will be without some units. Every slot has a label of its own, and a component of the trace: only
     slots of one component may meet. (The components themselves would not do for labels: where one unit is left they are all
@@ -620,17 +786,11 @@ class Rehearsal(LabelMode):
         for name, tensor in stand_ins.items():
             mine = [(d, labels[name, d]) for d in range(tensor.ndim) if self.labelled and (name, d) in labels]
             self.set(tensor, itertools.chain.from_iterable(slot_at(label, tensor.ndim, d) for d, label in mine))
-        attributes = size_attributes(model, {name: self.graph.shapes[name] for name, _ in self.keep}, self.shapes)
-        before = [(module, {name: getattr(module, name) for name in values}) for _, module, values in attributes]
         try:
-            for _, module, values in attributes:
-                module.__dict__.update(values)
-            outputs = run_pass(model, stand_ins, self, traced.training, traced.args, traced.kwargs).outputs
+            with resized(model, self.shapes):
+                outputs = run_pass(model, stand_ins, self, traced.training, traced.args, traced.kwargs).outputs
         except TraceError as error:
             raise TraceError(f"the model does not run with fewer channels (is a channel count hard-coded?): {error}") from error
-        finally:
-            for module, values in before:
-                module.__dict__.update(values)
         dynamic = traced.dynamic or self.dynamic
         if [len(s) for s in outputs] != [len(s) for s in traced.outputs] or (not dynamic and outputs != traced.outputs):
             raise TraceError(
@@ -683,9 +843,9 @@ def _rigid(model, graph: ChannelGraph, known: bool) -> dict[int, str]:
 
     known: there are some already; otherwise shapes alone are looked at first, which takes half the time."""
 
-    def without(groups, labelled):
-        """None, or what goes wrong when each of the groups has lost a unit, and where."""
-        removed = {g.name: torch.tensor([0]) for g in groups}
+    def without(parts, labelled):
+        """None, or what goes wrong when the parts (group name -> units) are gone, and where."""
+        removed = {name: torch.arange(count) for part in parts for name, count in part.items()}
         for traced in graph.passes:
             mode = Rehearsal(model, graph, removed, labelled)
             try:
@@ -694,32 +854,134 @@ def _rigid(model, graph: ChannelGraph, known: bool) -> dict[int, str]:
                 return str(error), mode.blamed
         return None
 
-    # Groups of which a single channel would be left are for the rehearsal of a plan: it could not be labelled.
-    groups = [g for g in graph.groups if all((g.units - 1) * s.shape[1] > 1 for s in g.slots.values())]
-    if not groups or (not known and without(groups, labelled=False) is None):
+    # One unit of each group, and what the bundles lose first. Groups of which a single channel would be left are for the
+    # rehearsal of a plan: it could not be labelled.
+    bundled = {name for bundle in graph.bundles for name in bundle.groups}
+    single = [g for g in graph.groups if g.name not in bundled]
+    parts = [{g.name: 1} for g in single if all((g.units - 1) * s.shape[1] > 1 for s in g.slots.values())]
+    if graph.bundles:
+        _, narrow = next(graph.narrower())
+        left = {g.name: g.units for g in narrow.groups}
+        parts.append({name: gone for name in bundled if (gone := graph.group(name).units - left.get(name, 0))})
+    if not parts or (not known and without(parts, labelled=False) is None):
         return {}
-    fault = without(groups, labelled=True)
+    fault = without(parts, labelled=True)
     if fault is None:
         return {}
     if fault[1]:
         return dict.fromkeys(fault[1], fault[0])
-    alone = [(g, wrong[0]) for g in groups if (wrong := without([g], labelled=False)) is not None]
-    return {c: why for g, why in alone or [(g, fault[0]) for g in groups] for c in graph.members(g)}
+    alone = [(part, wrong[0]) for part in parts if (wrong := without([part], labelled=False)) is not None]
+    return {
+        c: why
+        for part, why in alone or [(part, fault[0]) for part in parts]
+        for name in part
+        for c in graph.members(graph.group(name))
+    }
 
 
-def _build(model, tensors, tracer: Tracer, passes, offsets, total, evaluation, rigid) -> ChannelGraph:
-    a, b = (torch.cat(side).numpy() for side in zip(*tracer.edges, strict=True))
-    half = (a == FIXED) != (b == FIXED)  # a slot without a unit met one with
+def _build(model, tensors, tracer: Tracer, passes, offsets, total, evaluation, loose=None) -> ChannelGraph:
+    """The graph of what a trace has noted. loose: the dimensions of bundles, whose channels are not tied by their positions in
+    the pieces of a split; None where that is to be found out: those where the ties would make units that are not alike."""
+    edges, ties = (_pairs(tracer, noted) for noted in (tracer.edges, tracer.ties))
+    facts = (model, tensors, tracer, passes, offsets, evaluation)
+    component = _connect(total, edges, ties)
+    free = _connect(total, edges) if ties.size else component
+    held = np.append(np.zeros(total, dtype=bool), True)  # the components that ties alone have made what they are
+    held[component[ties[0][free[ties[0]] != free[ties[1]]]]] = True
+    held[FIXED] = False
+    dimensions = {(name, d): component[start : start + tensors[name].shape[d]] for (name, d), start in offsets.items()}
+    clusters = _clusters(dimensions, held)
+    if loose is None:
+        graph = _assemble(*facts, component)
+        clusters = [c for c in clusters if not any(p.real for p in passes) and _irregular(graph, c, tracer.pieces)]
+    else:
+        clusters = [c for c in clusters if c[0] & loose]
+    while clusters:
+        cluster_of = np.full(total + 1, -1)
+        for number, (_, components) in enumerate(clusters):
+            cluster_of[:-1][np.isin(component[:-1], components)] = number
+        untied = _connect(total, edges, ties[:, cluster_of[ties[0]] == -1])
+        bundled = _assemble(*facts, untied, cluster_of)
+        if loose is not None:
+            return bundled
+        bundles = [_bundle(bundled, keys, cluster_of == number) for number, (keys, _) in enumerate(clusters)]
+        if all(bundles):
+            bundled = dataclasses.replace(bundled, bundles=tuple(bundles))
+            if next(bundled.narrower(), None) is not None:
+                return bundled
+            break
+        clusters = [c for c, bundle in zip(clusters, bundles, strict=True) if bundle]
+    return graph
+
+
+def _pairs(tracer, noted) -> np.ndarray:
+    """Noted pairs of labels, [2, n], without those of slots that no unit owns; what such a slot has met is frozen."""
+    if not noted:
+        return np.zeros((2, 0), dtype=np.int64)
+    a, b = (torch.cat(side).numpy() for side in zip(*noted, strict=True))
+    half = (a == FIXED) != (b == FIXED)
     tracer.freeze(torch.from_numpy(np.maximum(a, b)[half]), "meets a padded channel")
-    a, b = a[(a != FIXED) & (b != FIXED)], b[(a != FIXED) & (b != FIXED)]
-    _, component = connected_components(coo_array((np.ones(len(a), dtype=bool), (a, b)), shape=(total, total)), directed=False)
-    component = np.append(component, FIXED).astype(np.int64)  # so that label FIXED, the last one, gives FIXED
+    return np.stack([a, b])[:, (a != FIXED) & (b != FIXED)]
+
+
+def _connect(total, *pairs) -> np.ndarray:
+    """For every label the least one that it is connected with, [total + 1], so that label FIXED, the last one, gives FIXED."""
+    a, b = np.concatenate(pairs, axis=1)
+    count, found = connected_components(coo_array((np.ones(len(a), dtype=bool), (a, b)), shape=(total, total)), directed=False)
+    least = np.empty(count, dtype=np.int64)
+    least[found[::-1]] = np.arange(total)[::-1]  # of several the last one written stays
+    return np.append(least[found], FIXED)
+
+
+def _clusters(dimensions, held) -> list[tuple[set[tuple[str, int]], np.ndarray]]:
+    """Held components that have dimensions in common: the dimensions, and the components."""
+    found = {key: np.unique(c[held[c]]) for key, c in dimensions.items()}
+    found = {key: c for key, c in found.items() if len(c)}
+    if not found:
+        return []
+    total = len(held)
+    rows = np.repeat(np.arange(len(found)) + total, [len(c) for c in found.values()])
+    columns = np.concatenate(list(found.values()))
+    pairs = coo_array((np.ones(len(rows), dtype=bool), (rows, columns)), shape=(total + len(found),) * 2)
+    _, number = connected_components(pairs, directed=False)
+    components = np.flatnonzero(held)
+    return [
+        ({key for key, n in zip(found, number[total:], strict=True) if n == one}, components[number[components] == one])
+        for one in np.unique(number[total:])
+    ]
+
+
+def _irregular(graph: ChannelGraph, cluster, pieces) -> bool:
+    """Whether nothing but ties holds the units of a cluster, and these make units that are not alike, or chains of them: units
+    that have more channels in a dimension than the pieces that it was cut into."""
+    _, components = cluster
+    if any(graph.frozen.get(int(c), ALONE) != ALONE for c in components):
+        return False
+    group_of = {c: g for g in graph.groups for c in graph.members(g)}
+    first, *others = {group_of.get(int(c)) for c in components}
+    return bool(others) or first is None or any(s.shape[1] > pieces for s in first.slots.values())
+
+
+def _bundle(graph: ChannelGraph, keys, inside) -> Bundle | None:
+    """The bundle of the components `inside` [total + 1], or None if something but positions holds one of them."""
+    groups = [g for g in graph.groups if inside[graph.members(g)[0]]]
+    sizes = {key: int(inside[graph.components[key]].sum()) for key in keys}
+    whole = all(sum(g.slots[key].numel() for g in groups if key in g.slots) == size for key, size in sizes.items())
+    single = all(s.shape[1] == 1 for g in groups for s in (*g.slots.values(), *g.inputs.values()))
+    width = math.gcd(*sizes.values())
+    return Bundle(tuple(g.name for g in groups), sizes, width) if whole and single and width > 2 else None
+
+
+def _assemble(model, tensors, tracer, passes, offsets, evaluation, component, cluster_of=None) -> ChannelGraph:
+    """The graph with the given component of every label, [total + 1]. cluster_of: for every label the number of the cluster
+    whose units may be one of a kind, or -1."""
+    total = len(component) - 1
 
     def of(label):
         return component[label.reshape(-1).numpy()]
 
     components = {key: component[start : start + tensors[key[0]].shape[key[1]]] for key, start in offsets.items()}
-    frozen = dict(rigid)
+    frozen: dict[int, str] = {}
     for label, reason in tracer.frozen:
         for c in np.unique(of(label)):
             frozen.setdefault(int(c), reason)
@@ -747,9 +1009,10 @@ def _build(model, tensors, tracer: Tracer, passes, offsets, total, evaluation, r
         frozen.setdefault(int(c), "no convolution or linear layer consumes it")
     made[[c for c in frozen if c != FIXED]] = False
     units = np.flatnonzero(made & consumed)
-    groups, alone = _group(units, components, layers, total)
+    bundled = np.zeros(total + 1, dtype=bool) if cluster_of is None else cluster_of >= 0
+    groups, alone = _group(units, components, layers, total, bundled)
     for c in alone:
-        frozen.setdefault(int(c), "all its channels are one unit")
+        frozen.setdefault(int(c), ALONE)
     frozen.pop(FIXED, None)
     costs = []
     for flops, dimensions in evaluation:
@@ -760,11 +1023,15 @@ def _build(model, tensors, tracer: Tracer, passes, offsets, total, evaluation, r
     parameters = tuple(name for name, _ in model.named_parameters())
     modules = weakref.WeakKeyDictionary({module: name for name, module in model.named_modules()})
     name = type(model).__name__
-    return ChannelGraph(name, groups, layers, shapes, dtypes, parameters, components, frozen, tuple(costs), passes, modules)
+    fully_connected = tracer.fully_connected
+    return ChannelGraph(
+        name, groups, layers, shapes, dtypes, parameters, components, frozen, tuple(costs), passes, modules, fully_connected
+    )
 
 
-def _group(units, components, layers, total) -> tuple[tuple[Group, ...], np.ndarray]:
-    """Units with the same number of slots in the same dimensions are interchangeable. Also returns units that are alone."""
+def _group(units, components, layers, total, bundled) -> tuple[tuple[Group, ...], np.ndarray]:
+    """Units with the same number of slots in the same dimensions are interchangeable. Also returns units that are alone, but
+    for those of a bundle."""
     dimensions = {**components, **{(name, "in"): layer.inputs for name, layer in layers.items() if layer.inputs is not None}}
     index = np.full(total + 1, -1)
     index[units] = np.arange(len(units))
@@ -795,11 +1062,14 @@ def _group(units, components, layers, total) -> tuple[tuple[Group, ...], np.ndar
         for g in np.flatnonzero(np.bincount(group_of[unit[unit >= 0]], minlength=len(first))):
             producers[g].append(name)
     groups, taken = [], set()
+    alone = (sizes == 1) & ~bundled[units[first]]
     for g in np.argsort(first):
-        if sizes[g] == 1:
+        if alone[g]:
             continue
         inputs = {key[0]: s for key, s in slots[g].items() if key[1] == "in"}
         name = base = producers[g][0] if producers[g] else next(iter(slots[g]))[0]
+        if bundled[units[first[g]]]:
+            name = base = f"{base}->{next(iter(inputs))}"
         for number in itertools.count(2):
             if name not in taken:
                 break
@@ -808,4 +1078,4 @@ def _group(units, components, layers, total) -> tuple[tuple[Group, ...], np.ndar
         positions = max(layers[consumer].positions * s.shape[1] for consumer, s in inputs.items())
         own = {key: s for key, s in slots[g].items() if key[1] != "in"}
         groups.append(Group(name, tuple(producers[g]), own, inputs, positions))
-    return tuple(groups), units[sizes[group_of] == 1]
+    return tuple(groups), units[alone[group_of]]
