@@ -88,9 +88,28 @@ def test_real_architectures_are_exact(name):
     agree(without_warnings(model, graph, [(x, y)], cross_entropy, mode="loss", units=units), expected, base)
 
 
-@pytest.mark.parametrize("name", [*nets.NETS, "mobilenet_v3_small", "densenet121", "squeezenet1_1"])
-def test_bfloat16_rounds_the_change_not_the_value(name):
-    """Every unit's change is as in float32 but for a few of bfloat16's roundings of itself, however small it is."""
+@pytest.fixture
+def bfloat16(monkeypatch):
+    """Used even where the processor has no arithmetic for it: the same program, on torch's slow kernels."""
+    monkeypatch.setattr(sys.modules["taylored.oracle"], "computes_in_bfloat16", lambda device: True)
+
+
+def test_bfloat16_gives_way_where_it_would_be_slower(monkeypatch):
+    monkeypatch.setattr(sys.modules["taylored.oracle"], "computes_in_bfloat16", lambda device: False)
+    model, batches = nets.small("chain"), [task()]
+    graph = trace(model, nets.inputs(1))
+    with pytest.warns(UserWarning, match="no bfloat16 arithmetic"):
+        found = oracle(model, graph, batches, cross_entropy, precision="bfloat16", progress=False)
+    expected = oracle(model, graph, batches, cross_entropy, progress=False)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "name", [*nets.NETS, "mobilenet_v3_small", pytest.param("densenet121", marks=pytest.mark.slow), "squeezenet1_1"]
+)
+def test_bfloat16_rounds_the_change_not_the_value(name, bfloat16):
+    """A unit's change is as in float32 but for a few of bfloat16's roundings of itself, however small it is. (One in twenty may
+    be further off: torch's kernels for processors without bfloat16 round more often.)"""
     torch.manual_seed(0)
     if name in nets.NETS:
         model, batches, units = nets.small(name), [task(6), task(3, seed=1)], None
@@ -108,7 +127,7 @@ def test_bfloat16_rounds_the_change_not_the_value(name):
     )
     a, b = (torch.cat([found[name][~found[name].isnan()] for name in exact]) for found in (exact, fast))
     assert len(a) > 5 and ((a - b).norm() <= 0.02 * a.norm())
-    assert ((a - b).abs() <= 0.1 * a.abs() + 1e-3 * a.abs().max()).all()
+    assert ((a - b).abs() <= 0.1 * a.abs() + 1e-3 * a.abs().max()).double().mean() >= 0.95
 
 
 @pytest.mark.parametrize("name", nets.NETS)
@@ -129,7 +148,7 @@ def test_the_change_is_that_of_the_model_really_pruned(name):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("memory", [1, "4KiB", "100kB"])
-def test_little_memory_changes_nothing(memory, precision):
+def test_little_memory_changes_nothing(memory, precision, bfloat16):
     model, batches = nets.small("concatenation"), [task(7)]
     graph = trace(model, nets.inputs(1))
     expected = without_warnings(model, graph, batches, cross_entropy, mode="loss", precision=precision)
@@ -233,7 +252,7 @@ def test_the_model_is_left_as_it_was():
     assert nets.unchanged(before, model) and model.training
 
 
-def test_bfloat16_says_how_well_it_agrees(capsys):
+def test_bfloat16_says_how_well_it_agrees(capsys, bfloat16):
     model, batches = nets.small("flatten"), [task(32)]
     graph = trace(model, nets.inputs(1))
     fast = oracle(model, graph, batches, cross_entropy, precision="bfloat16")

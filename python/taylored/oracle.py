@@ -46,10 +46,11 @@ def oracle(
     batches yields (inputs, targets), the same at every iteration; loss_fn(model(inputs), targets) is a mean over the
     batch. mode: "loss", the change with its sign; "abs", its absolute value, taken after averaging over all examples.
     units: group name -> indices of the units to measure (default: all); the others' entries are NaN. precision:
-    "bfloat16" computes in that type and is faster; its rank agreement with float32 on a sample is printed. memory: what
-    the values kept and computed may take beside the model and the data, in bytes or as "512MiB", "2GiB". checkpoint: a
-    file to which what is done is saved every few seconds, and from which the same call goes on. In a process group of
-    torch.distributed every rank measures its share of the units, and all return the same.
+    "bfloat16" computes in that type and is faster; its rank agreement with float32 on a sample is printed. On a processor
+    without such arithmetic it would be slower: float32 is used there, and a warning says so. memory: what the values kept
+    and computed may take beside the model and the data, in bytes or as "512MiB", "2GiB". checkpoint: a file to which what
+    is done is saved every few seconds, and from which the same call goes on. In a process group of torch.distributed
+    every rank measures its share of the units, and all return the same.
 
     A model that cannot be exported with a dynamic batch runs whole, once per unit, masked at the consumers: slower, and
     said in a warning. Raises ValueError for unusable arguments, FloatingPointError if the loss is not finite.
@@ -60,6 +61,9 @@ def oracle(
         raise ValueError(f"precision must be one of {list(PRECISIONS)}, got {precision!r}")
     budget = parse_memory(memory)
     model = unwrapped(model)
+    if precision == "bfloat16" and not computes_in_bfloat16(next(model.parameters()).device):
+        warnings.warn("precision: this processor has no bfloat16 arithmetic; float32 is faster here and is used", stacklevel=2)
+        precision = "float32"
     chosen = _chosen(graph, units)
     with in_mode(model, training=False), torch.inference_mode():
         first = next(iter(batches), None)
@@ -94,6 +98,13 @@ def oracle(
     if precision != "float32" and rank == 0 and progress:
         print(_agreement(model, graph, first, loss_fn, chosen, budget))
     return result
+
+
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether the device's convolutions do: on others torch runs them tens of times slower than in float32."""
+    if device.type == "cpu":
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def parse_memory(memory: str | int) -> int:
