@@ -6,6 +6,9 @@ import copy
 import dataclasses
 import functools
 import inspect
+import itertools
+import os
+import signal
 import sys
 import warnings
 
@@ -18,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
 import taylored
-from taylored import PlanError, TraceError, compact, masked, random_plan, restore, trace
+from taylored import PlanError, TraceError, compact, masked, ops, random_plan, restore, trace
 
 FAMILIES = [
     "alexnet", "vgg11", "vgg16_bn", "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "densenet121", "googlenet",
@@ -645,6 +648,87 @@ def test_what_stays_may_stay_in_another_order():
     restore(model, removed, optimizer)
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
     assert all(torch.equal(p.grad, grads[name]) for name, p in model.named_parameters())
+
+
+def _failing(monkeypatch, number):
+    """From now on a cut's move of that number fails."""
+    calls, move = itertools.count(), ops.compact_many_
+
+    def compact_many_(*args):
+        if next(calls) == number:
+            raise MemoryError("no room")
+        return move(*args)
+
+    monkeypatch.setattr(ops, "compact_many_", compact_many_)
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.LBFGS])
+def test_a_cut_that_fails_changes_nothing_if_what_it_removes_is_kept(make, monkeypatch):
+    model, x = nets.small("chain"), nets.inputs()
+    optimizer = make(model.parameters())
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(x).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    plan, before = random_plan(trace(model, x), 0.5), copy.deepcopy(model.state_dict())
+    grads, state = [p.grad.clone() for p in model.parameters()], copy.deepcopy(optimizer.state_dict())
+    for number in range(8):
+        with monkeypatch.context() as patch:
+            _failing(patch, number)
+            with pytest.raises(MemoryError):
+                compact(model, plan, optimizer=optimizer, keep_removed=True)
+        attributes_match(model)
+        assert same_state(dict(model.state_dict()), dict(before))
+        assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
+        assert same_state(optimizer.state_dict(), state)
+    compact(model, plan, optimizer=optimizer)
+    optimizer.step(closure)
+
+
+def same_state(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_state, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_a_cut_that_fails_says_whether_the_model_is_whole(monkeypatch):
+    model, x = nets.small("chain"), nets.inputs()
+    plan = random_plan(trace(model, x), 0.5)
+    for number, error in ((0, MemoryError), (1, RuntimeError)):
+        with monkeypatch.context() as patch:
+            _failing(patch, number)
+            with refused(model, error, "no room") if number == 0 else pytest.raises(error, match="loaded anew"):
+                compact(model, plan)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs POSIX signals")
+def test_signals_wait_until_the_cut_is_done(monkeypatch):
+    model, x = nets.small("chain"), nets.inputs()
+    plan, move = random_plan(trace(model, x), 0.5), ops.compact_many_
+
+    def handler(_number, _frame):
+        raise TimeoutError("time is up")
+
+    def compact_many_(*args):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return move(*args)
+
+    monkeypatch.setattr(ops, "compact_many_", compact_many_)
+    previous = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with pytest.raises(TimeoutError, match="time is up"):
+            compact(model, plan)
+        assert signal.getsignal(signal.SIGUSR1) is handler
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+    assert all(tuple(model.state_dict()[name].shape) == plan.shape_after(name) for name in plan.shapes)
+    model(x)
 
 
 @pytest.mark.parametrize("indices", [[0, 0], [0, 99], [-1, 0], [1, 0, 1], []])

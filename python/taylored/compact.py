@@ -68,7 +68,9 @@ def compact(
     model: in its DistributedDataParallel wrapper every process calls this with the same plan (compared by digest), and wraps
     the model again afterwards, `model = DistributedDataParallel(model.module)`, for its buckets have the old sizes.
 
-    Everything is checked before anything is touched. Raises PlanError if the plan does not fit. A plan was rehearsed when it
+    Everything is checked before anything is touched, and signals wait until all is done. Should a move fail all the same,
+    nothing has changed with keep_removed; without it, what has moved has lost what it was moved onto, and RuntimeError says
+    that the model must be loaded anew. Raises PlanError if the plan does not fit. A plan was rehearsed when it
     was made; on another model than the one traced, or one with other modules since, it is rehearsed first: TraceError if the
     model does not run with fewer channels, naming its line (a forward that hard-codes a channel count).
     """
@@ -80,12 +82,31 @@ def compact(
         rehearse(model, plan)
     removed = work.removed() if keep_removed else None
     with _uninterrupted(), torch.no_grad():
-        for same in _alike(work.jobs):
-            for job, data in zip(same, work.cut(same), strict=True):
-                _replace(job.tensor, data)
-        for tensor, stretches in work.flat:
-            _compact_flat(tensor, [(job, work.cut([job])[0].numel() if job.dims else job.tensor.numel()) for job in stretches])
-        work.finish({name: values for name, _, values in work.modules})
+        moved: list[_Job] = []
+        vectors = [(tensor, tensor.clone()) for tensor, _ in work.flat] if keep_removed else []
+        try:
+            for same in _alike(work.jobs):
+                for job, data in zip(same, work.cut(same), strict=True):
+                    _replace(job.tensor, data)
+                    moved.append(job)
+            for tensor, stretches in work.flat:
+                _compact_flat(
+                    tensor, [(job, work.cut([job])[0].numel() if job.dims else job.tensor.numel()) for job in stretches]
+                )
+            work.finish({name: values for name, _, values in work.modules})
+        except BaseException as error:
+            if removed is None and moved:
+                raise RuntimeError(
+                    f"the cut failed after {len(moved)} of {len(work.jobs)} tensors: the model must be loaded anew "
+                    "(with keep_removed=True a cut that fails undoes itself)"
+                ) from error
+            for job in moved:
+                _replace(job.tensor, _put_back(job, removed))
+            for tensor, data in vectors:
+                _replace(tensor, data)
+            if removed is not None:
+                work.finish(removed.sizes)
+            raise
         if release:
             for job in work.jobs:
                 job.tensor.data = job.tensor.data.clone(memory_format=torch.preserve_format)
@@ -358,15 +379,18 @@ def _compact_flat(tensor, stretches, chunk=1 << 17):
 
 @contextlib.contextmanager
 def _uninterrupted():
-    """Put off Ctrl-C until nothing is half done."""
+    """Put off Ctrl-C, alarms and whatever other signals Python handles until nothing is half done."""
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield  # signals do not arrive here
         return
     caught = []
-    previous = signal.signal(signal.SIGINT, lambda *a: caught.append(a))
+    handlers = {number: handler for number in signal.valid_signals() if callable(handler := signal.getsignal(number))}
+    for number in handlers:
+        signal.signal(number, lambda *arrived: caught.append(arrived))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
-        if caught:
-            raise KeyboardInterrupt
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number, frame in caught:
+            handlers[number](number, frame)
