@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import register_dataclass, tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import taylored
 from taylored import trace, trace_rule
@@ -160,6 +162,28 @@ def test_removal_is_zeroing_and_training_goes_on(name):
     assert trace(model.eval(), inputs).flops == plan.flops[1]
 
 
+@pytest.mark.parametrize("name", ["lstm", "lstm_two_ways", "gru_time_first", "rnn"])
+def test_the_steps_of_a_recurrent_layer_are_counted_and_not_run(name):
+    model, x = NETS[name][0]().double().eval(), IMAGES.double()
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    operators = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            operators.append(func)
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for images in (x, torch.cat([x] * 3, 3)):  # three times the steps
+        operators.clear()
+        with Watch():
+            graph = trace(model, images)
+        counts.append(len(operators))
+        assert images is not x or graph.flops == counter.get_total_flops()
+    assert counts[0] == counts[1] and graph.flops > 2 * counter.get_total_flops()
+
+
 def test_each_call_of_a_recurrent_layer_is_one():
     """Scored through several forward passes: a pass of many steps is not many passes."""
     torch.manual_seed(0)
@@ -206,7 +230,7 @@ class Own(nn.Module):
 def rules():
     import sys
 
-    known = sys.modules["taylored.trace"].RULES
+    known = sys.modules["taylored.rules"].RULES
     before = dict(known)
     yield
     known.clear()

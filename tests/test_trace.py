@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 from torchvision.ops import roi_align
@@ -238,6 +239,50 @@ def test_a_model_that_looks_at_its_data_runs_for_real():
     check(Net(Call(function)), nets.inputs())
     with pytest.raises(TraceError):
         trace(Net(Call(function)).to("meta"), nets.inputs().to("meta"))
+
+
+class Routed(nn.Module):
+    """One of two layers, by what a convolution says."""
+
+    def __init__(self, bias):
+        super().__init__()
+        self.first, self.router = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1)
+        self.others = nn.ModuleList([nn.Conv2d(8, 6, 1), nn.Conv2d(8, 6, 1)])
+        nn.init.constant_(self.first.weight, 1.0)
+        with torch.no_grad():
+            self.first.bias.zero_()
+            self.router.weight.copy_(torch.tensor([1.0, -1.0]).view(2, 1, 1, 1).expand(2, 8, 1, 1))
+            self.router.bias.copy_(torch.tensor([0.0, bias]))
+
+    def forward(self, x):
+        x = self.first(x)
+        best = int(self.router(x).mean((0, 2, 3)).argmax())
+        return self.others[best](x).mean((2, 3))
+
+
+@pytest.mark.parametrize("bias", [-0.1, 0.1])
+def test_layers_compute_where_what_they_compute_decides(bias):
+    """Without the convolutions' sums the bias would choose the layer."""
+    with pytest.warns(UserWarning, match="never used.*others.1"):
+        graph = trace(Routed(bias), torch.ones(1, 3, 8, 8))
+    assert set(graph.group("first").consumers) == {"router", "others.0"}
+
+
+def test_a_model_that_looks_at_its_data_does_not_convolve_where_it_need_not(monkeypatch):
+    def function(_, x):
+        return x if float(x.sum().detach()) > 1e9 else x.relu()
+
+    model, seen = Net(Call(function)), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.convolution.default and not args[0].is_meta:
+                seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        trace(model, nets.inputs())
+    assert not seen
 
 
 @pytest.mark.parametrize("real", [False, True])

@@ -15,11 +15,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from taylored.rules import FOREIGN, RULES, SHAPES, opaque, padded, pointwise, slot_at, tensors_of, varying
+from taylored.rules import FOREIGN, RULES, SHAPES, SKIMMED, opaque, padded, pointwise, slot_at, tensors_of, varying
 
 
 class TraceError(RuntimeError):
     """The model could not be traced, or does not run with fewer channels. Names the line of the model at fault."""
+
+
+# What a forward pass computes: shapes alone, on the meta device; all but convolutions and matrix products (a model that looks
+# at its data); everything.
+VALUES = ("none", "some", "all")
+SHORTCUTS = {"none": SHAPES, "some": SKIMMED, "all": {}}
 
 
 class LabelMode(TorchDispatchMode):
@@ -29,6 +35,7 @@ class LabelMode(TorchDispatchMode):
     same dimension. Subclasses say what `unite` and `freeze` do: a trace notes them, a rehearsal checks them."""
 
     running = False  # whether any is; masks that are in force meanwhile step aside
+    labelled = True  # whether there are labels to carry; shapes and FLOPs are found without
     planned = False  # whether the model runs as a plan leaves it: one group of channels may be what is left of several
 
     def __init__(self, module_names: dict[int, str]):
@@ -45,7 +52,8 @@ class LabelMode(TorchDispatchMode):
         self.grouped: set[str] = set()  # grouped convolutions; they stay so when a plan leaves them one group
         self.owned: set[int] = set()  # the model's own tensors, and those of them that an op has used
         self.seen: set[int] = set()
-        self.keep_real = False  # run on the model's device, not on meta
+        self.steps = 1  # for which what runs stands
+        self.values = "none"  # which operators compute, see `VALUES`
         self.dynamic = False  # whether an op's shape depended on its data
 
     def unite(self, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -98,15 +106,32 @@ class LabelMode(TorchDispatchMode):
 
     def enter_module(self, module, args):
         self.stack.append((module, args, next(self.calls)))
+        if self.recurs(module, args) and (steps := args[0].shape[time := self.time(module, args)]) > 1:
+            self.steps = steps
+            return (args[0].narrow(time, 0, 1), *args[1:])
+        return args
 
     def leave_module(self, module, args, output):
-        self.stack.pop()
+        _, given, _ = self.stack.pop()
+        if self.recurs(module, given) and isinstance(output, tuple):
+            shape, time, self.steps = list(output[0].shape), self.time(module, given), 1
+            shape[time] = given[0].shape[time]
+            return (output[0].expand(shape), *output[1:])
+        return output
+
+    def recurs(self, module, args) -> bool:
+        """Whether a layer that takes one step after another takes a single one instead: all cost and label the same."""
+        return self.values == "none" and isinstance(module, nn.RNNBase) and bool(args) and isinstance(args[0], torch.Tensor)
+
+    @staticmethod
+    def time(module, args) -> int:
+        return args[0].ndim - 2 if module.batch_first else 0
 
     def to_meta(self, value):
         if isinstance(value, torch.Tensor):
             if id(value) in self.owned:
                 self.seen.add(id(value))
-            if value.is_meta or self.keep_real:
+            if value.is_meta or self.values != "none":
                 return value
             if id(value) not in self.meta:
                 self.meta[id(value)] = torch.empty_like(value, device="meta")
@@ -120,16 +145,24 @@ class LabelMode(TorchDispatchMode):
         kwargs = kwargs or {}
         args = tuple(self.to_meta(a) for a in args)
         kwargs = {k: self.to_meta(v) for k, v in kwargs.items()}
-        if not self.keep_real and "device" in kwargs and kwargs["device"] is not None:
+        if self.values == "none" and "device" in kwargs and kwargs["device"] is not None:
             kwargs["device"] = torch.device("meta")
         packet = func.overloadpacket
-        function = func if self.keep_real or kwargs else SHAPES.get(packet, func)
+        instead = SHORTCUTS[self.values].get(packet) if not kwargs else None
+        function = instead or func
         out = function(*args, **kwargs)
         self.dynamic |= torch.Tag.dynamic_output_shape in func.tags
-        rule = RULES.get(packet)
+        dimensions = self.carry(func, args, kwargs, out) if self.labelled else None
+        if packet in flop_registry:
+            flops = self.steps * flop_registry[packet](*args, **kwargs, out_val=out)
+            self.counted(flops, [d for d in dimensions or () if d is not None])
+        return out
+
+    def carry(self, func, args, kwargs, out):
+        """Give what an operator has made its labels."""
+        dimensions, rule = None, RULES.get(func.overloadpacket)
         if rule is None:
             rule = pointwise if torch.Tag.pointwise in func.tags else FOREIGN.get(func._schema.name)
-        dimensions = None
         if rule is not None:
             dimensions = rule(self, func, args, kwargs, out)
         else:
@@ -137,9 +170,7 @@ class LabelMode(TorchDispatchMode):
             opaque(self, args, kwargs, out, f'{name} in {self.where()!r} has no rule: taylored.trace_rule("{name}") can add one')
         if self.lost and (reason := next((self.lost[id(t)] for t in tensors_of(args, kwargs) if id(t) in self.lost), None)):
             self.lose(out, reason)
-        if packet in flop_registry:
-            self.counted(flop_registry[packet](*args, **kwargs, out_val=out), [d for d in dimensions or () if d is not None])
-        return out
+        return dimensions
 
     # -- what rules are made of ------------------------------------------------------------------------------------
 

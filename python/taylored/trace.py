@@ -20,7 +20,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from taylored.labels import LabelMode, TraceError, line_at_fault
+from taylored.labels import VALUES, LabelMode, TraceError, line_at_fault
 from taylored.rules import FIXED, slot_at, tensors_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -345,11 +345,11 @@ def complement(indices, size: int) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pass:
-    """One forward pass that was traced: its mode, its inputs (meta tensors, unless it had to run for real) and the
-    shapes of its outputs; dynamic: whether these depend on its data."""
+    """One forward pass that was traced: its mode, which values it computed (`labels.VALUES`), its inputs (meta tensors where
+    it computed none) and the shapes of its outputs; dynamic: whether these depend on its data."""
 
     training: bool
-    real: bool
+    values: str
     dynamic: bool
     args: tuple
     kwargs: dict
@@ -418,9 +418,11 @@ def trace(model: nn.Module, example_inputs, *, fully_connected: bool = False) ->
 
     The model runs once on the meta device, in eval mode (and in training mode too if that reaches parameters which
     eval mode does not, such as auxiliary heads); nothing about it changes. A model that looks at its data runs for
-    real instead. example_inputs: one tensor, a tuple of positional or a dict of keyword arguments. fully_connected:
-    also make the outputs of linear layers on [N, features] removable; by default, as in the paper, only filters are
-    (and the outputs of linear layers that are applied at every position).
+    real instead: at first with convolutions and matrix products that give their bias, as if no feature were there;
+    where that fails, or leaves parameters unused, with all that they compute. example_inputs: one tensor, a tuple of
+    positional or a dict of keyword arguments. fully_connected: also make the outputs of linear layers on [N, features]
+    removable; by default, as in the paper, only filters are (and the outputs of linear layers that are applied at every
+    position).
 
     Raises TraceError if the model does not run on the example inputs, naming the line where it fails.
     """
@@ -432,15 +434,9 @@ def trace(model: nn.Module, example_inputs, *, fully_connected: bool = False) ->
     args, kwargs = as_arguments(example_inputs)
     with torch.inference_mode(False):  # in inference mode operators arrive whole, convolutions and linear layers unseen
         tensors = named_tensors(model)
-        try:
-            run = _run(model, tensors, args, kwargs, fully_connected, real=False)
-        except TraceError as on_meta:
-            if any(t.is_meta for t in tensors.values()):
-                raise
-            try:
-                run = _run(model, tensors, args, kwargs, fully_connected, real=True)
-            except TraceError as error:
-                raise error from on_meta
+        run, problems = _run(model, tensors, args, kwargs, fully_connected)
+        for problem in problems:
+            warnings.warn(problem, stacklevel=2)
         known = False
         while True:
             graph = _build(model, tensors, *run)
@@ -510,23 +506,52 @@ def check_fit(graph: ChannelGraph, model: nn.Module) -> None:
             raise ValueError(f"graph does not fit model: of {name!r} the model has {here}, the graph {known}; trace it anew")
 
 
-def _run(model, tensors, args, kwargs, fully_connected, real):
+def _run(model, tensors, args, kwargs, fully_connected):
+    """What `_build` makes a graph of, and what a user should know, from the run that computes no more than it must."""
+    found, failure = None, None
+    for values in VALUES[:1] if any(t.is_meta for t in tensors.values()) else VALUES:
+        try:
+            run, unseen, problems = _run_with(values, model, tensors, args, kwargs, fully_connected)
+        except TraceError as error:
+            error.__cause__, failure = error.__cause__ or failure, error
+            continue
+        found = run, unseen, problems
+        if values != "some" or not unseen:
+            break
+    if found is None:
+        raise failure
+    run, unseen, problems = found
+    if unseen:
+        problems.append(f"the forward pass never used {unseen}; they are left as they are")
+    return run, problems
+
+
+def _run_with(values, model, tensors, args, kwargs, fully_connected):
     tracer = Tracer({id(m): name for name, m in model.named_modules()}, fully_connected)
-    tracer.keep_real = real
-    stand_ins = {n: t.detach().clone() if real else torch.empty_like(t, device="meta") for n, t in tensors.items()}
+    tracer.values = values
+    stand_ins = {}
+    for name, tensor in tensors.items():
+        blank = _blank(tracer, model, name, tensor, tensor.shape)
+        stand_ins[name] = tensor.detach().clone() if blank is None else blank
     offsets, total = _label(tracer, stand_ins)
     passes = [run_pass(model, stand_ins, tracer, False, args, kwargs)]
     costs, tracer.costs = tracer.costs, []
-    unseen = [name for name, _ in model.named_parameters() if id(stand_ins[name]) not in tracer.seen]
+    unseen, problems = [name for name, _ in model.named_parameters() if id(stand_ins[name]) not in tracer.seen], []
     if unseen:
         try:
             passes.append(run_pass(model, stand_ins, tracer, True, *twice(args, kwargs)))
         except TraceError as error:
-            warnings.warn(f"training mode could not be traced ({error})", stacklevel=3)
+            problems.append(f"training mode could not be traced ({error})")
         unseen = [name for name in unseen if id(stand_ins[name]) not in tracer.seen]
-        if unseen:
-            warnings.warn(f"the forward pass never used {unseen}; they are left as they are", stacklevel=3)
-    return tracer, tuple(passes), offsets, total, costs
+    return (tracer, tuple(passes), offsets, total, costs), unseen, problems
+
+
+def _blank(mode, model, name, tensor, shape) -> torch.Tensor | None:
+    """A tensor without the values of one of the model's, which has that shape instead; None where a run looks at them."""
+    if mode.values == "none":
+        return torch.empty(shape, dtype=tensor.dtype, device="meta")
+    unseen = mode.values == "some" and tensor.ndim > 1 and isinstance(model.get_submodule(name.rpartition(".")[0]), CONSUMERS)
+    return tensor.new_zeros(shape) if unseen else None
 
 
 def _label(tracer, stand_ins) -> tuple[dict[tuple[str, int], int], int]:
@@ -641,9 +666,9 @@ def run_pass(model, stand_ins, mode: LabelMode, training: bool, args, kwargs) ->
     ]
     mode.stack.clear()
     mode.owned = {id(t) for t in stand_ins.values()}
-    rng = torch.random.fork_rng(devices=[]) if mode.keep_real else contextlib.nullcontext()
+    rng = contextlib.nullcontext() if mode.values == "none" else torch.random.fork_rng(devices=[])
     try:
-        if not mode.keep_real:
+        if mode.values == "none":
             args, kwargs = (tree_map_only(torch.Tensor, mode.to_meta, a) for a in (args, kwargs))
         LabelMode.running = True
         with untouched(model), in_mode(model, training), torch.no_grad(), rng, torch.compiler.set_stance("force_eager"), mode:
@@ -659,9 +684,9 @@ def run_pass(model, stand_ins, mode: LabelMode, training: bool, args, kwargs) ->
     outputs = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor)]
     for tensor in outputs:
         mode.freeze_all(tensor, "the model's output")
-    if not mode.keep_real:
+    if mode.values == "none":
         args, kwargs = (tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device="meta"), a) for a in (args, kwargs))
-    return Pass(training, mode.keep_real, mode.dynamic, args, kwargs, [tuple(t.shape) for t in outputs])
+    return Pass(training, mode.values, mode.dynamic, args, kwargs, [tuple(t.shape) for t in outputs])
 
 
 @contextlib.contextmanager
@@ -779,10 +804,10 @@ class Rehearsal(LabelMode):
 
     def run(self, model, traced: Pass) -> None:
         """Raises TraceError with the file and line of the forward that does not follow its input's number of channels."""
-        self.keep_real = traced.real
+        self.values = traced.values
         ends = itertools.accumulate(self.sizes.values())
         labels = {key: torch.arange(end - n, end) for (key, n), end in zip(self.sizes.items(), ends, strict=True)}
-        stand_ins = {name: self.smaller(name, tensor) for name, tensor in named_tensors(model).items()}
+        stand_ins = {name: self.smaller(model, name, tensor) for name, tensor in named_tensors(model).items()}
         for name, tensor in stand_ins.items():
             mine = [(d, labels[name, d]) for d in range(tensor.ndim) if self.labelled and (name, d) in labels]
             self.set(tensor, itertools.chain.from_iterable(slot_at(label, tensor.ndim, d) for d, label in mine))
@@ -798,10 +823,11 @@ class Rehearsal(LabelMode):
                 "does its forward hard-code a channel count?"
             )
 
-    def smaller(self, name, tensor):
+    def smaller(self, model, name, tensor):
         """What is left of one of the model's tensors: its values where they matter, otherwise its shape."""
-        if not self.keep_real:
-            return torch.empty(self.shapes[name], dtype=self.graph.dtypes[name], device="meta")
+        blank = _blank(self, model, name, tensor, self.shapes[name])
+        if blank is not None:
+            return blank.to(self.graph.dtypes[name])
         tensor = tensor.detach().clone()
         for d in range(tensor.ndim):
             if (name, d) in self.keep:
@@ -893,7 +919,7 @@ def _build(model, tensors, tracer: Tracer, passes, offsets, total, evaluation, l
     clusters = _clusters(dimensions, held)
     if loose is None:
         graph = _assemble(*facts, component)
-        clusters = [c for c in clusters if not any(p.real for p in passes) and _irregular(graph, c, tracer.pieces)]
+        clusters = [c for c in clusters if all(p.values == "none" for p in passes) and _irregular(graph, c, tracer.pieces)]
     else:
         clusters = [c for c in clusters if c[0] & loose]
     while clusters:
@@ -1053,9 +1079,9 @@ def _group(units, components, layers, total, bundled) -> tuple[tuple[Group, ...]
         unit = index[dimension[position]]
         position = position[np.lexsort((rank[unit], group_of[unit]))]
         counts = np.bincount(group_of[unit], minlength=len(first))
-        present = np.flatnonzero(counts)
-        for g, mine in zip(present, np.split(position, np.cumsum(counts[present])[:-1]), strict=False):
-            slots[g][key] = torch.from_numpy(mine.reshape(sizes[g], -1))
+        ends = np.cumsum(counts)
+        for g in np.flatnonzero(counts):
+            slots[g][key] = torch.from_numpy(position[ends[g] - counts[g] : ends[g]].reshape(sizes[g], -1))
     producers: list[list[str]] = [[] for _ in first]
     for name, layer in layers.items():
         unit = index[layer.filters]
