@@ -90,7 +90,26 @@ class Twice(nn.Module):
         return self.head(F.avg_pool2d(self.shared(x).tanh(), 2).mean((2, 3)))
 
 
-NETS = {net.__name__.lower(): net for net in (Chain, Residual, Concatenation, Depthwise, Flatten, Twice)}
+class Dealt(nn.Module):
+    """Channels that are halved and shuffled, as in ShuffleNet: which half one comes to depends on how many there are."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.blocks = nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(3))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x)).tanh()
+        for block in self.blocks:
+            left, right = x.chunk(2, 1)
+            x = torch.cat([left, block(right).tanh()], 1)
+            n, c, h, w = x.shape
+            x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        return self.head(x.mean((2, 3)))
+
+
+NETS = {net.__name__.lower(): net for net in (Chain, Residual, Concatenation, Depthwise, Flatten, Twice, Dealt)}
 
 
 def inputs(examples=2, seed=0, dtype=torch.float32):

@@ -101,6 +101,65 @@ def test_kept_channels_divide_by_round_to(round_to):
         assert plan.kept[name] % round_to == 0
 
 
+# Bundles: groups that shrink together, see trace.Bundle.
+
+
+def lowest(graph, scores, plan):
+    """Whether the plan removes of every group the units with the lowest scores."""
+    return all(
+        set(scores[n].argsort(stable=True)[: len(units)].tolist()) == set(units.tolist()) for n, units in plan.removed.items()
+    )
+
+
+@pytest.mark.parametrize("options", [{"target_flops": 0.5}, {"target_params": 0.7}, {"remove_units": 15}])
+def test_a_bundle_loses_the_lowest_units_of_every_group(options):
+    graph = graph_of("dealt")
+    scores = scores_of(graph)
+    plan = make_plan(graph, scores, **options)
+    assert plan.removed and lowest(graph, scores, plan)
+    assert {plan.shapes[t][d] / len(kept) for (t, d), kept in plan.keep.items()} == {16 / plan.shape_after("stem.weight")[0]}
+    assert not all((kept[1:] > kept[:-1]).all() for kept in plan.keep.values())  # some are dealt out in another order
+
+
+def test_limits_are_about_the_width_of_a_bundle():
+    graph = graph_of("dealt")
+    (bundle,), scores = graph.bundles, scores_of(graph)
+    with pytest.raises(PlanError, match="cannot be met"):
+        make_plan(graph, scores, target_flops=0.5, ignore="blocks.1")
+    with pytest.raises(PlanError, match="cannot be met"):
+        make_plan(graph, {n: s for n, s in scores.items() if n != bundle.groups[0]}, target_flops=0.5)
+    for limit, width in (({"min_units": 6}, 6), ({"max_ratio": 0.4}, 5), ({"min_units": {bundle.groups[1]: 7}}, 7), ({}, 2)):
+        with pytest.raises(PlanError, match="cannot be met"):
+            make_plan(graph, scores, target_params=1, **limit)
+        plans = [make_plan(graph, scores, remove_units=n, **limit) for n in range(0, 41 - 5 * width, 5)]
+        assert min(plan.shape_after("stem.weight")[0] for plan in plans if plan.removed) == 2 * width
+    plan = make_plan(graph, scores, target_flops=0.7, round_to=4)
+    assert plan.shape_after("stem.weight")[0] == 8
+
+
+def test_a_bundle_that_would_not_keep_its_share_is_refused():
+    graph = graph_of("dealt")
+    name = graph.bundles[0].groups[0]
+    with pytest.raises(PlanError, match="the same share"):
+        PrunePlan.of(graph, {name: torch.tensor([0])})
+    removed = dict(random_plan(graph, 0.5).removed)
+    giver, taker = (
+        next(n for n in removed if ok(n))
+        for ok in (lambda n: len(removed[n]) > 1, lambda n: len(removed[n]) < graph.group(n).units and n.split("->")[0] == "stem")
+    )
+    for name, count in ((giver, len(removed[giver]) - 1), (taker, len(removed[taker]) + 1)):
+        with pytest.raises(PlanError, match="the same share"):
+            PrunePlan.of(graph, {**removed, name: torch.arange(count)})
+
+
+def test_a_graph_with_bundles_goes_on_without_the_model_where_it_knows_the_layouts():
+    graph = graph_of("dealt")
+    plan = random_plan(graph, 0.5)
+    assert random_plan(pickle.loads(pickle.dumps(graph)), 0.5) == plan
+    with pytest.raises(ValueError, match="trace it anew"):
+        make_plan(pickle.loads(pickle.dumps(graph_of("dealt"))), scores_of(graph), target_flops=0.5)
+
+
 def test_min_units_stay():
     graph = graph_of("chain")
     plan = make_plan(graph, scores_of(graph), remove_units=7, min_units={"first": 5, "second": 2})

@@ -120,11 +120,10 @@ def check_oracle(net, number):
     found = taylored.oracle(net, graph, batches, loss_of, mode="loss", units=units, progress=False)
     with torch.no_grad():
         base = float(loss_of(net(x)))
-    bundled = {name for bundle in graph.bundles for name in bundle.groups}
     for group in graph.groups:
         unit = {group.name: torch.tensor(units[group.name])}
         losses = [zeroed_loss(net, graph, unit, x)]
-        if group.name not in bundled:  # which goes by itself
+        if group.name not in graph.bundled:  # which goes by itself
             taylored.compact(small := copy.deepcopy(net), taylored.PrunePlan.of(graph, unit))
             losses.append(float(loss_of(small(x)).detach()))
         for loss in losses:

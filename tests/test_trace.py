@@ -23,7 +23,7 @@ LIBRARY.impl("opaque", lambda x: torch.empty_like(x), "Meta")
 SHARES = {
     "alexnet": 0.94, "vgg16": 0.94, "resnet18": 0.94, "resnet50": 0.94, "resnext50_32x4d": 0.94, "densenet121": 0.94,
     "googlenet": 0.94, "mobilenet_v2": 0.94, "mobilenet_v3_small": 0.94, "mnasnet0_5": 0.94, "efficientnet_b0": 0.94,
-    "regnet_x_400mf": 0.94, "regnet_y_400mf": 0.94, "squeezenet1_0": 0.74, "shufflenet_v2_x1_0": 0.70,
+    "regnet_x_400mf": 0.94, "regnet_y_400mf": 0.94, "squeezenet1_0": 0.74, "shufflenet_v2_x1_0": 1.0,
 }  # fmt: skip
 
 
@@ -383,6 +383,33 @@ def test_a_grouped_transposed_convolution_may_come_first():
     """Its weight's labels are those of its inputs, of which there are fewer than of its outputs."""
     model = nn.Sequential(nn.ConvTranspose2d(3, 6, 2, 2, groups=3), nn.Conv2d(6, 8, 1), nn.Conv2d(8, 2, 1))
     assert check(model, nets.inputs()).prunable_filters == 8
+
+
+@pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "shufflenet_v2_x1_5", "shufflenet_v2_x2_0"])
+def test_every_channel_of_a_shuffled_trunk_is_a_unit(name):
+    graph = trace(build(name), torch.randn(1, 3, 64, 64))
+    assert graph.prunable_filters == graph.filters and len(graph.bundles) == 3
+    assert all(s.shape[1] == 1 for n in graph.bundled for s in graph.group(n).slots.values())
+
+
+def test_a_layout_says_where_every_channel_goes():
+    """The net as it is at each width, run with numbers in the place of its channels."""
+    graph = trace(model := nets.small("dealt"), nets.inputs())
+    for (width,), layout in graph.narrower():
+        stem = torch.arange(2 * width)
+        made = [torch.arange(width) + 100 * (n + 1) for n in range(3)]
+        x, consumed = stem, {}
+        for n in range(3):
+            left, consumed[f"blocks.{n}"] = x.chunk(2)
+            x = torch.cat([left, made[n]]).view(2, width).t().flatten()
+        consumed["head"] = x
+        for group in layout.groups:
+            producer, consumer = group.name.split("->")
+            numbers = stem if producer == "stem" else made[int(producer[-1])]
+            filters = numbers[group.slots[f"{producer}.weight", 0][:, 0]]
+            assert torch.equal(consumed[consumer][group.inputs[consumer][:, 0]], filters)
+        assert sum(g.units for g in layout.groups) == 5 * width == layout.units
+        assert layout.flops < graph.flops and model is layout.alive
 
 
 def test_pixel_shuffle_ties_the_channels_of_one_output_channel_alone():

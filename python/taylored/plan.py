@@ -59,12 +59,11 @@ class PrunePlan:
             raise PlanError(f"removed names {sorted(unknown)}, which are no groups of the graph")
         removed = {name: torch.as_tensor(units, dtype=torch.int64, device="cpu").unique() for name, units in removed.items()}
         removed = {g.name: removed[g.name] for g in graph.groups if len(removed.get(g.name, ()))}
-        bundled = {name for bundle in graph.bundles for name in bundle.groups}
         for name, units in removed.items():
             group = graph.group(name)
             if units[0] < 0 or units[-1] >= group.units:
                 raise PlanError(f"removed[{name!r}] has an index outside of the group's {group.units} units")
-            if len(units) == group.units and name not in bundled:
+            if len(units) == group.units and name not in graph.bundled:
                 raise PlanError(f"removed[{name!r}] leaves none of the group's {group.units} units")
         try:
             keep, after = graph.keep(removed), graph.after(removed)
@@ -409,9 +408,8 @@ def _limit(argument, value, group):
 def _shrinking(graph, round_to, limits):
     """What shrinks by itself, a group or a bundle: the indices of its groups, and the counts of units gone from each (index ->
     count), from few to many."""
-    bundled = {name for bundle in graph.bundles for name in bundle.groups}
     for i, group in enumerate(graph.groups):
-        if group.name not in bundled:
+        if group.name not in graph.bundled:
             keep = max(_limits(limits, group, group.units), 1)
             channels = max((int((graph.layers[name].filters >= 0).sum()) for name in group.layers), default=group.units)
             width = max(1, channels // group.units)  # channels that a unit has in its widest layer

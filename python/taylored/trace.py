@@ -130,9 +130,10 @@ class ChannelGraph:
     fully_connected: bool
     bundles: tuple[Bundle, ...] = ()
     layouts: dict[tuple[int, ...], "ChannelGraph | TraceError"] = dataclasses.field(default_factory=dict)  # found so far
+    alive: nn.Module | None = None  # the model, held where it is still to be asked for layouts
 
     def __getstate__(self):
-        return {**self.__dict__, "modules": {}}
+        return {**self.__dict__, "modules": {}, "alive": None}
 
     def __deepcopy__(self, memo):
         return self  # a value: nothing in it changes
@@ -207,6 +208,11 @@ class ChannelGraph:
         there = {} if model is None else {name: tuple(t.shape) for name, t in named_tensors(model).items()}
         return model if there == self.shapes else None
 
+    @property
+    def bundled(self) -> frozenset[str]:
+        """The names of the groups that can only shrink together with others."""
+        return frozenset(itertools.chain.from_iterable(bundle.groups for bundle in self.bundles))
+
     def _traced(self) -> nn.Module | None:
         """The same, however it has been cut since."""
         model = next((module for module, name in self.modules.items() if not name), None)
@@ -244,12 +250,15 @@ class ChannelGraph:
 
     def layout(self, widths: tuple[int, ...]) -> "ChannelGraph":
         """The graph of the model with its bundles at the given widths: it runs so on the meta device, to say which channel goes
-        where. Raises TraceError if it does not run, or deals channels out to others than the whole model does."""
+        where. Raises TraceError if it does not run, or deals channels out to others than the whole model does; ValueError if
+        the model that was traced is gone."""
         if widths == tuple(bundle.width for bundle in self.bundles):
             return self
         if widths not in self.layouts:
+            if (model := self._traced()) is None:
+                raise ValueError("the model that was traced is gone, or has other modules: trace it anew")
             try:
-                self.layouts[widths] = _layout(self, widths)
+                self.layouts[widths] = _layout(model, self, widths)
             except TraceError as error:
                 self.layouts[widths] = error
         if isinstance(found := self.layouts[widths], TraceError):
@@ -280,7 +289,7 @@ class ChannelGraph:
                 raise ValueError(f"the groups {list(bundle.groups)} must lose the same share of every dimension")
             widths.append(width)
         left = {g.name: g.units for g in self.layout(tuple(widths)).groups}
-        for name in itertools.chain.from_iterable(bundle.groups for bundle in self.bundles):
+        for name in self.bundled:
             if len(removed.get(name, ())) != self.group(name).units - left.get(name, 0):
                 units = self.group(name).units
                 raise ValueError(f"of the {units} units of {name!r} {left.get(name, 0)} stay where its bundle is {widths} wide")
@@ -290,8 +299,7 @@ class ChannelGraph:
         """The graph of the model once the given units (group name -> unit indices) are gone. Raises ValueError if those of a
         bundle do not go together."""
         if (narrow := self.layout(self._widths(removed))) is not self:
-            bundled = set(itertools.chain.from_iterable(bundle.groups for bundle in self.bundles))
-            return narrow.after({name: units for name, units in removed.items() if name not in bundled})
+            return narrow.after({name: units for name, units in removed.items() if name not in self.bundled})
         gone = np.zeros(1 + max((int(c.max(initial=0)) for c in self.components.values()), default=0), dtype=bool)
         keeps = {g.name: complement(removed.get(g.name, ()), g.units) for g in self.groups}
         for g in self.groups:
@@ -568,11 +576,8 @@ def _label(tracer, stand_ins) -> tuple[dict[tuple[str, int], int], int]:
     return offsets, total
 
 
-def _layout(graph: ChannelGraph, widths: tuple[int, ...]) -> ChannelGraph:
-    """See `ChannelGraph.layout`. The groups keep their names; their units keep their order."""
-    model = graph._traced()
-    if model is None:
-        raise TraceError("the model that was traced is gone, or has other modules: trace it anew")
+def _layout(model, graph: ChannelGraph, widths: tuple[int, ...]) -> ChannelGraph:
+    """See `ChannelGraph.layout`. The groups keep their names."""
     shapes = {name: list(shape) for name, shape in graph.shapes.items()}
     for bundle, width in zip(graph.bundles, widths, strict=True):
         for (name, d), size in bundle.sizes.items():
@@ -611,7 +616,7 @@ def _layout(graph: ChannelGraph, widths: tuple[int, ...]) -> ChannelGraph:
     if any(g.units > graph.group(g.name).units for g in groups):
         raise TraceError("with fewer channels some would be needed twice")
     groups.sort(key=lambda g: order[g.name])
-    return dataclasses.replace(small, groups=tuple(groups), frozen=frozen, bundles=bundles)
+    return dataclasses.replace(small, groups=tuple(groups), frozen=frozen, bundles=bundles, alive=model)
 
 
 def _signature(group: Group) -> frozenset:
@@ -882,13 +887,12 @@ def _rigid(model, graph: ChannelGraph, known: bool) -> dict[int, str]:
 
     # One unit of each group, and what the bundles lose first. Groups of which a single channel would be left are for the
     # rehearsal of a plan: it could not be labelled.
-    bundled = {name for bundle in graph.bundles for name in bundle.groups}
-    single = [g for g in graph.groups if g.name not in bundled]
+    single = [g for g in graph.groups if g.name not in graph.bundled]
     parts = [{g.name: 1} for g in single if all((g.units - 1) * s.shape[1] > 1 for s in g.slots.values())]
     if graph.bundles:
         _, narrow = next(graph.narrower())
         left = {g.name: g.units for g in narrow.groups}
-        parts.append({name: gone for name in bundled if (gone := graph.group(name).units - left.get(name, 0))})
+        parts.append({name: gone for name in graph.bundled if (gone := graph.group(name).units - left.get(name, 0))})
     if not parts or (not known and without(parts, labelled=False) is None):
         return {}
     fault = without(parts, labelled=True)
@@ -932,7 +936,7 @@ def _build(model, tensors, tracer: Tracer, passes, offsets, total, evaluation, l
             return bundled
         bundles = [_bundle(bundled, keys, cluster_of == number) for number, (keys, _) in enumerate(clusters)]
         if all(bundles):
-            bundled = dataclasses.replace(bundled, bundles=tuple(bundles))
+            bundled = dataclasses.replace(bundled, bundles=tuple(bundles), alive=model)
             if next(bundled.narrower(), None) is not None:
                 return bundled
             break
@@ -991,7 +995,7 @@ def _irregular(graph: ChannelGraph, cluster, pieces) -> bool:
 def _bundle(graph: ChannelGraph, keys, inside) -> Bundle | None:
     """The bundle of the components `inside` [total + 1], or None if something but positions holds one of them."""
     groups = [g for g in graph.groups if inside[graph.members(g)[0]]]
-    sizes = {key: int(inside[graph.components[key]].sum()) for key in keys}
+    sizes = {key: int(inside[components].sum()) for key, components in graph.components.items() if key in keys}
     whole = all(sum(g.slots[key].numel() for g in groups if key in g.slots) == size for key, size in sizes.items())
     single = all(s.shape[1] == 1 for g in groups for s in (*g.slots.values(), *g.inputs.values()))
     width = math.gcd(*sizes.values())
