@@ -675,16 +675,20 @@ def test_a_cut_that_fails_changes_nothing_if_what_it_removes_is_kept(make, monke
     optimizer.step(closure)
     plan, before = random_plan(trace(model, x), 0.5), copy.deepcopy(model.state_dict())
     grads, state = [p.grad.clone() for p in model.parameters()], copy.deepcopy(optimizer.state_dict())
-    for number in range(8):
+    for number in itertools.count():
         with monkeypatch.context() as patch:
             _failing(patch, number)
-            with pytest.raises(MemoryError):
+            try:
                 compact(model, plan, optimizer=optimizer, keep_removed=True)
+            except MemoryError:
+                pass
+            else:
+                break  # after its last move
         attributes_match(model)
         assert same_state(dict(model.state_dict()), dict(before))
         assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
         assert same_state(optimizer.state_dict(), state)
-    compact(model, plan, optimizer=optimizer)
+    assert number > 3 and not same_state(dict(model.state_dict()), dict(before))
     optimizer.step(closure)
 
 

@@ -46,7 +46,7 @@ def save(path, model: nn.Module, plan: PrunePlan, *, extra: dict | None = None, 
         else:
             state[name] = tensor
     for (tensor, d), indices in plan.keep.items():
-        state[f"plan:keep/{d}/{tensor}"] = indices
+        state[f"plan:keep/{d}/{tensor}"] = indices.clone()  # one tensor may be that of several dimensions
     for group, units in plan.removed.items():
         state[f"plan:removed/{group}"] = units
     for name, tensor in (tensors or {}).items():

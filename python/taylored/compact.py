@@ -184,6 +184,7 @@ class _Work:
         self.jobs: list[_Job] = []
         self.modules: list[tuple[str, nn.Module, dict[str, int]]] = []
         self.flat: list[tuple[torch.Tensor, list[_Job]]] = []
+        self.places = _places(plan)
         copies = enumerate([also] if isinstance(also, (nn.Module, dict)) else also)
         twins = {"model": model, **{f"also[{n}]": _twin(copy, plan, f"also[{n}]") for n, copy in copies}}
         for what, twin in twins.items():
@@ -202,8 +203,6 @@ class _Work:
             self.flat += flat
         self.given = {*twins, *(f"optimizer[{n}]" for n in range(len(self.optimizers)))}
         self.plan = plan
-        # For what does not stay in ascending order: the place of each index among those that stay.
-        self.places = {key: kept.argsort().argsort() for key, kept in plan.keep.items() if not _ascending(kept)}
         _check_memory([(job.name, job.tensor) for job in self.jobs], tensors)
 
     def removed(self) -> Removed:
@@ -213,8 +212,8 @@ class _Work:
 
     def cut(self, jobs) -> list[torch.Tensor]:
         """Move what stays of tensors that are alike to the front of their memory, and bring it into the plan's order."""
-        owner, dims = jobs[0].owner, dict(jobs[0].dims)
-        places = {d: self.places[owner, d] for d in dims if (owner, d) in self.places}
+        dims = dict(jobs[0].dims)
+        places = {d: self.places[id(kept)] for d, kept in dims.items() if id(kept) in self.places}
         dims |= {d: dims[d].sort().values for d in places}
         cut = ops.compact_many_([job.tensor.data for job in jobs], dims)
         for d, place in places.items():
@@ -284,20 +283,26 @@ def _jobs(plan, tensors, what, cut) -> list[_Job]:
             raise PlanError(
                 f"the plan does not fit {what}: {name!r} has shape {tuple(tensor.shape)}, the plan {wants} {expected}"
             )
-        for d, indices in cuts[name].items():
-            i = indices.cpu().numpy()  # of hundreds of short vectors, three times as fast as with torch
-            i = i if _ascending(indices) else np.sort(i)
-            if not len(i) or i[0] < 0 or i[-1] >= shape[d] or not (i[1:] > i[:-1]).all():
-                raise PlanError(f"the plan's keep[{name!r}, {d}] must be different indices below {shape[d]}")
         jobs.append(_job(f"{what}: {name}", name, tensor, cuts[name]))
         if tensor.grad is not None:
             jobs.append(_job(f"{what}: {name}.grad", name, tensor.grad, cuts[name]))
     return jobs
 
 
-def _ascending(indices) -> bool:
-    i = indices.cpu().numpy()
-    return bool((i[1:] > i[:-1]).all())
+def _places(plan) -> dict[int, torch.Tensor]:
+    """For the index vectors of a plan, by id, that are not ascending: the place of each index among those that stay. Raises
+    PlanError for vectors that are none."""
+    places, known = {}, set()  # many dimensions share one
+    for (name, d), indices in plan.keep.items():
+        if (facts := (id(indices), plan.shapes[name][d])) not in known:
+            i = indices.cpu().numpy()  # of hundreds of short vectors, three times as fast as with torch
+            if not (i[1:] > i[:-1]).all():
+                places[id(indices)] = indices.argsort().argsort()
+                i = np.sort(i)
+            if not len(i) or i[0] < 0 or i[-1] >= facts[1] or not (i[1:] > i[:-1]).all():
+                raise PlanError(f"the plan's keep[{name!r}, {d}] must be different indices below {facts[1]}")
+            known.add(facts)
+    return places
 
 
 def _job(name, owner, tensor, dims) -> _Job:

@@ -232,7 +232,12 @@ class ChannelGraph:
         for name, units in removed.items():
             for key, slots in self.group(name).slots.items():
                 lost.setdefault(key, []).append(slots.numpy()[units.numpy()].ravel())
-        keep = {(t, d): complement(np.concatenate(gone), self.shapes[t][d]) for (t, d), gone in lost.items()}
+        keep, shared = {}, {}  # dimensions that lose the same have one tensor, with which they are cut at once
+        for (t, d), parts in lost.items():
+            gone, size = np.concatenate(parts), self.shapes[t][d]
+            if (content := (size, gone.tobytes())) not in shared:
+                shared[content] = complement(gone, size)
+            keep[t, d] = shared[content]
         dealt = {key for bundle in self.bundles if removed.keys() & set(bundle.groups) for key in bundle.sizes}
         if dealt:  # the narrower model has its units in an order of its own
             after = {g.name: g for g in self.after(removed).groups}
