@@ -920,32 +920,27 @@ def _build(model, tensors, tracer: Tracer, passes, offsets, total, evaluation, l
     edges, ties = (_pairs(tracer, noted) for noted in (tracer.edges, tracer.ties))
     facts = (model, tensors, tracer, passes, offsets, evaluation)
     component = _connect(total, edges, ties)
-    free = _connect(total, edges) if ties.size else component
-    held = np.append(np.zeros(total, dtype=bool), True)  # the components that ties alone have made what they are
-    held[component[ties[0][free[ties[0]] != free[ties[1]]]]] = True
-    held[FIXED] = False
     dimensions = {(name, d): component[start : start + tensors[name].shape[d]] for (name, d), start in offsets.items()}
-    clusters = _clusters(dimensions, held)
-    if loose is None:
-        graph = _assemble(*facts, component)
-        clusters = [c for c in clusters if all(p.values == "none" for p in passes) and _irregular(graph, c, tracer.pieces)]
-    else:
-        clusters = [c for c in clusters if c[0] & loose]
-    while clusters:
-        cluster_of = np.full(total + 1, -1)
-        for number, (_, components) in enumerate(clusters):
-            cluster_of[:-1][np.isin(component[:-1], components)] = number
-        untied = _connect(total, edges, ties[:, cluster_of[ties[0]] == -1])
-        bundled = _assemble(*facts, untied, cluster_of)
-        if loose is not None:
-            return bundled
-        bundles = [_bundle(bundled, keys, cluster_of == number) for number, (keys, _) in enumerate(clusters)]
+
+    def untied(bundled):
+        """The graph without the ties of the labels in bundles."""
+        return _assemble(*facts, _connect(total, edges, ties[:, ~bundled[ties[0]]]), bundled)
+
+    if loose is not None:
+        return untied(np.isin(component, np.concatenate([dimensions[key] for key in loose])))
+    graph = _assemble(*facts, component)
+    free = _connect(total, edges) if ties.size else component
+    held = np.zeros(total + 1, dtype=bool)  # the components that ties alone have made what they are
+    held[component[ties[0][free[ties[0]] != free[ties[1]]]]] = True
+    clusters = _clusters(dimensions, held) if all(p.values == "none" for p in passes) else []
+    inside = [np.isin(component, components) for components in clusters if _irregular(graph, components, tracer.pieces)]
+    while inside:
+        found = untied(np.any(inside, axis=0))
+        bundles = [_bundle(found, mine) for mine in inside]
         if all(bundles):
-            bundled = dataclasses.replace(bundled, bundles=tuple(bundles), alive=model)
-            if next(bundled.narrower(), None) is not None:
-                return bundled
-            break
-        clusters = [c for c, bundle in zip(clusters, bundles, strict=True) if bundle]
+            found = dataclasses.replace(found, bundles=tuple(bundles), alive=model)
+            return graph if next(found.narrower(), None) is None else found
+        inside = [mine for mine, bundle in zip(inside, bundles, strict=True) if bundle]
     return graph
 
 
@@ -968,28 +963,22 @@ def _connect(total, *pairs) -> np.ndarray:
     return np.append(least[found], FIXED)
 
 
-def _clusters(dimensions, held) -> list[tuple[set[tuple[str, int]], np.ndarray]]:
-    """Held components that have dimensions in common: the dimensions, and the components."""
-    found = {key: np.unique(c[held[c]]) for key, c in dimensions.items()}
-    found = {key: c for key, c in found.items() if len(c)}
-    if not found:
+def _clusters(dimensions, held) -> list[np.ndarray]:
+    """The held components, those that have dimensions in common together."""
+    if not held.any():
         return []
-    total = len(held)
-    rows = np.repeat(np.arange(len(found)) + total, [len(c) for c in found.values()])
-    columns = np.concatenate(list(found.values()))
-    pairs = coo_array((np.ones(len(rows), dtype=bool), (rows, columns)), shape=(total + len(found),) * 2)
+    found = [np.unique(c[held[c]]) for c in dimensions.values()]
+    rows = np.repeat(np.arange(len(found)) + len(held), [len(c) for c in found])
+    total = len(held) + len(found)
+    pairs = coo_array((np.ones(len(rows), dtype=bool), (rows, np.concatenate(found))), shape=(total, total))
     _, number = connected_components(pairs, directed=False)
     components = np.flatnonzero(held)
-    return [
-        ({key for key, n in zip(found, number[total:], strict=True) if n == one}, components[number[components] == one])
-        for one in np.unique(number[total:])
-    ]
+    return [components[number[components] == one] for one in np.unique(number[components])]
 
 
-def _irregular(graph: ChannelGraph, cluster, pieces) -> bool:
+def _irregular(graph: ChannelGraph, components, pieces) -> bool:
     """Whether nothing but ties holds the units of a cluster, and these make units that are not alike, or chains of them: units
     that have more channels in a dimension than the pieces that it was cut into."""
-    _, components = cluster
     if any(graph.frozen.get(int(c), ALONE) != ALONE for c in components):
         return False
     group_of = {c: g for g in graph.groups for c in graph.members(g)}
@@ -997,20 +986,21 @@ def _irregular(graph: ChannelGraph, cluster, pieces) -> bool:
     return bool(others) or first is None or any(s.shape[1] > pieces for s in first.slots.values())
 
 
-def _bundle(graph: ChannelGraph, keys, inside) -> Bundle | None:
+def _bundle(graph: ChannelGraph, inside) -> Bundle | None:
     """The bundle of the components `inside` [total + 1], or None if something but positions holds one of them."""
     groups = [g for g in graph.groups if inside[graph.members(g)[0]]]
-    sizes = {key: int(inside[components].sum()) for key, components in graph.components.items() if key in keys}
+    sizes = {key: size for key, components in graph.components.items() if (size := int(inside[components].sum()))}
     whole = all(sum(g.slots[key].numel() for g in groups if key in g.slots) == size for key, size in sizes.items())
     single = all(s.shape[1] == 1 for g in groups for s in (*g.slots.values(), *g.inputs.values()))
     width = math.gcd(*sizes.values())
     return Bundle(tuple(g.name for g in groups), sizes, width) if whole and single and width > 2 else None
 
 
-def _assemble(model, tensors, tracer, passes, offsets, evaluation, component, cluster_of=None) -> ChannelGraph:
-    """The graph with the given component of every label, [total + 1]. cluster_of: for every label the number of the cluster
-    whose units may be one of a kind, or -1."""
+def _assemble(model, tensors, tracer, passes, offsets, evaluation, component, bundled=None) -> ChannelGraph:
+    """The graph with the given component of every label, [total + 1]. bundled: which labels are in bundles, whose units may be
+    one of a kind."""
     total = len(component) - 1
+    bundled = np.zeros(total + 1, dtype=bool) if bundled is None else bundled
 
     def of(label):
         return component[label.reshape(-1).numpy()]
@@ -1044,7 +1034,6 @@ def _assemble(model, tensors, tracer, passes, offsets, evaluation, component, cl
         frozen.setdefault(int(c), "no convolution or linear layer consumes it")
     made[[c for c in frozen if c != FIXED]] = False
     units = np.flatnonzero(made & consumed)
-    bundled = np.zeros(total + 1, dtype=bool) if cluster_of is None else cluster_of >= 0
     groups, alone = _group(units, components, layers, total, bundled)
     for c in alone:
         frozen.setdefault(int(c), ALONE)
