@@ -88,6 +88,18 @@ def test_real_architectures_are_exact(name):
     agree(without_warnings(model, graph, [(x, y)], cross_entropy, mode="loss", units=units), expected, base)
 
 
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("norms", [0, 1, 2, 3])
+def test_batch_norms_in_a_row_are_exact(norms, affine):
+    torch.manual_seed(0)
+    row = [nn.BatchNorm2d(6, affine=affine) for _ in range(norms)]
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, bias=affine), *row, nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(64, 5))
+    nets.randomised(model).eval()
+    x, y = task()
+    graph = trace(model, x[:1])
+    agree(without_warnings(model, graph, [(x, y)], cross_entropy, mode="loss"), *brute_force(model, graph, [(x, y)]))
+
+
 @pytest.fixture
 def bfloat16(monkeypatch):
     """Used even where the processor has no arithmetic for it: the same program, on torch's slow kernels."""

@@ -181,7 +181,7 @@ def test_the_oracle_is_exact(net, number):
 
 
 @pytest.mark.slow
-@settings(max_examples=150, **OPTIONS)
+@settings(max_examples=500, **OPTIONS)
 @given(random_nets(), st.integers(0, 9))
 def test_the_oracle_is_exact_on_many(net, number):
     check_oracle(net, number)

@@ -515,26 +515,30 @@ def _fold_batch_norms(graph, constants) -> dict[Node, tuple[torch.Tensor, torch.
     """Batch norm in evaluation is a scale and a shift: give them to the convolution before it. Returns that one's new
     weight and bias, and takes the batch norm out of the graph."""
     folded = {}
+
+    def values(node, otherwise, channels):
+        return torch.full((channels,), otherwise, dtype=torch.float64) if node is None else constants[node].double()
+
     for norm in list(graph.nodes):
         if norm.target is not aten._native_batch_norm_legit_no_training.default:
             continue
         layer, *arguments = norm.args[:5]
         if layer.target not in CONVOLUTIONS or len(layer.users) > 1 or layer.args[1] not in constants:
             continue
-        one, zero = (make(_shape(layer)[1], dtype=torch.float64) for make in (torch.ones, torch.zeros))
-        old = layer.args[2] if len(layer.args) > 2 else None
-        scale, shift, mean, var, bias = (constants[n].double() if n is not None else None for n in (*arguments, old))
-        scale = (one.to(mean.device) if scale is None else scale) / torch.sqrt(var + norm.args[6])
-        shift = zero.to(mean.device) if shift is None else shift
-        weight = constants[layer.args[1]].double() * scale.reshape(-1, *[1] * (len(_shape(layer)) - 1))
-        bias = (-mean if bias is None else bias - mean) * scale + shift
-        dtype = constants[layer.args[1]].dtype
-        folded[layer] = weight.to(dtype), bias.to(dtype)
+        channels = _shape(layer)[1]
+        if layer not in folded:  # several batch norms in a row fold into it one after the other
+            old = values(layer.args[2] if len(layer.args) > 2 else None, 0.0, channels)
+            folded[layer] = constants[layer.args[1]].double(), old.to(constants[layer.args[1]].device)
+        weight, bias = folded[layer]
+        scale, shift, mean, var = (values(*pair, channels).to(bias.device) for pair in zip(arguments, (1.0, 0.0, 0.0, 1.0)))
+        scale = scale / torch.sqrt(var + norm.args[6])
+        weight = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
+        folded[layer] = weight, (bias - mean) * scale + shift
         for part in list(norm.users):
             part.replace_all_uses_with(layer)
             graph.erase_node(part)
         graph.erase_node(norm)
-    return folded
+    return {layer: tuple(t.to(constants[layer.args[1]].dtype) for t in pair) for layer, pair in folded.items()}
 
 
 def _shape(node) -> tuple:
