@@ -392,6 +392,16 @@ def test_every_channel_of_a_shuffled_trunk_is_a_unit(name):
     assert all(s.shape[1] == 1 for n in graph.bundled for s in graph.group(n).slots.values())
 
 
+@pytest.mark.parametrize("shuffle", [nn.ChannelShuffle(8), Call(shuffle(8))], ids=["operator", "views"])
+@pytest.mark.parametrize("spread", [lambda x: F.pixel_unshuffle(x, 2), lambda x: torch.cat([x, x.tanh()] * 2, 1)])
+def test_the_places_of_a_channel_stay_in_order_or_it_stays(spread, shuffle):
+    """A shuffle by a number that is written out moves a channel's places among themselves once there are fewer channels, which
+    no label tells."""
+    model = Net(Call(lambda m, x: m.shuffle(spread(x)), shuffle=shuffle), (4, 16))
+    assert "several places" in trace(model, nets.inputs()).explain("first")
+    check(model, nets.inputs())
+
+
 def test_a_layout_says_where_every_channel_goes():
     """The net as it is at each width, run with numbers in the place of its channels."""
     graph = trace(model := nets.small("dealt"), nets.inputs())

@@ -8,10 +8,12 @@ arithmetic unites those that meet. `trace_rule` teaches rules for operators of o
 
 import functools
 import itertools
+import math
 
 import torch
 
 aten = torch.ops.aten
+VIEWS = (aten.view, aten._unsafe_view, aten.reshape)
 SHUFFLES = (aten.channel_shuffle, aten.native_channel_shuffle)
 FIXED = -1  # the label of a slot that no unit owns
 
@@ -100,6 +102,21 @@ def metadata(mode, func, args, kwargs, out):
     """Nothing to carry."""
 
 
+def repeats(label) -> bool:
+    """Whether a channel has several places along the dimensions that its label varies along: what it was flattened to, or
+    spread to by pixel_unshuffle. In which order they are, labels do not say."""
+    return label.unique().numel() < label.numel()
+
+
+def cut(func, x, out, dim) -> bool:
+    """Whether a movement takes a dimension of its input apart."""
+    if func.overloadpacket in VIEWS:
+        inner = math.prod(x.shape[dim + 1 :])
+        return any(inner < math.prod(out.shape[d:]) < inner * x.shape[dim] for d in range(out.ndim))
+    axis = {**dict.fromkeys(SHUFFLES, 1), aten.pixel_shuffle: x.ndim - 3}
+    return axis.get(func.overloadpacket) == dim
+
+
 def movement(mode, func, args, kwargs, out):
     """Every element goes to a new place: the same op on the labels says where.
 
@@ -107,11 +124,14 @@ def movement(mode, func, args, kwargs, out):
     spreads out in space, if they go with all others of their output channel."""
     x = args[0]
     mode.uniform.discard(id(x))
-    move = aten.reshape if func.overloadpacket in (aten.view, aten._unsafe_view) else func
+    move = aten.reshape if func.overloadpacket in VIEWS else func
     labels = []
     for label in mode.get(x):
         moved = compress(move(label.expand(x.shape), *args[1:], **kwargs))
         axes = varying(moved)
+        if repeats(label) and repeats(moved) and any(cut(func, x, out, d) for d in varying(label)):
+            mode.freeze(label, f"{func.overloadpacket} in {mode.where()!r} cuts up channels that each hold several places")
+            continue
         if len(axes) > len(varying(label)):
             spread = func.overloadpacket is aten.pixel_shuffle
             axis = x.ndim - 3 if spread else axes[-1]
