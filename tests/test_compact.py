@@ -629,6 +629,16 @@ def test_an_average_that_does_not_fit_stops_everything():
     assert nets.unchanged(before, model)
 
 
+def test_arguments_in_another_order_are_refused_in_words():
+    model, x = nets.small("chain"), nets.inputs()
+    graph = trace(model, x)
+    plan = random_plan(graph, 0.5)
+    with refused(model, TypeError, "PrunePlan"):
+        compact(model, graph, plan)
+    with refused(model, TypeError, "keep_removed"):
+        restore(model, compact(copy.deepcopy(model), plan))
+
+
 def test_what_stays_may_stay_in_another_order():
     model, x = nets.small("chain", dtype=torch.float64), nets.inputs(dtype=torch.float64)
     optimizer = torch.optim.Adam(model.parameters())

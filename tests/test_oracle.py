@@ -362,6 +362,16 @@ def test_bad_arguments_are_named():
         oracle(model, graph, batches, lambda o, t: cross_entropy(o, t) * math.nan, progress=False)
 
 
+def test_what_can_be_read_once_only_is_refused():
+    model, batches = nets.small("chain"), [task(), task(seed=1)]
+    graph = trace(model, nets.inputs(1))
+    for once in (iter(batches), (batch for batch in batches)):
+        with pytest.raises(TypeError, match="list or a loader"):
+            oracle(model, graph, once, cross_entropy, progress=False)
+    with pytest.raises(TypeError, match="dict"):
+        oracle(model, graph, batches, cross_entropy, units=["first.0"], progress=False)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/statm")
 @pytest.mark.parametrize("budget, precision", [(64, "float32"), (128, "float32"), (128, "bfloat16")])
 def test_memory_stays_within_the_budget(tmp_path, budget, precision):

@@ -263,7 +263,7 @@ class Hard(nn.Module):
         (nets.small, {"reduction": "median"}, ValueError, "reduction"),
         (nets.small, {"checkpoint": "/nowhere/at/all"}, ValueError, "checkpoint"),
         (meta, {}, ValueError, "one real device"),
-        (Hard, {}, PlanError, "cannot be met"),
+        (Hard, {}, PlanError, "nothing that can be removed"),
     ],
 )
 def test_errors_come_before_anything_changes(build, options, error, message):

@@ -154,3 +154,11 @@ def test_a_failed_download_is_told(monkeypatch):
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
     with pytest.raises(ModelError, match=r"resnet18 could not be had .the network is unreachable"):
         zoo.build("resnet18", "DEFAULT", 2)
+
+
+def test_a_file_may_import_its_neighbours(tmp_path):
+    (tmp_path / "neighbour_of_mine.py").write_text("WIDTH = 7\n")
+    lines = "from neighbour_of_mine import WIDTH", "from torch import nn", "def make():", "    return nn.Sequential("
+    layers = "nn.Conv2d(3, WIDTH, 3)", "nn.AdaptiveAvgPool2d(1)", "nn.Flatten()", "nn.Linear(WIDTH, 2))"
+    (tmp_path / "mine.py").write_text("\n".join(lines) + ", ".join(layers))
+    assert zoo.build(f"{tmp_path / 'mine.py'}:make", "none", 2).model[0].out_channels == 7

@@ -3,10 +3,10 @@
 import torch
 
 from taylored import criteria
-from taylored.checkpoint import load, save
+from taylored.checkpoint import CheckpointError, load, save
 from taylored.compact import Removed, compact, masked, restore
 from taylored.criteria import spearman
-from taylored.export import export
+from taylored.export import ExportError, export
 from taylored.labels import TraceError
 from taylored.oracle import oracle
 from taylored.plan import PlanError, PrunePlan, diff, make_plan, random_plan, rehearse
@@ -21,6 +21,8 @@ torch.serialization.add_safe_globals([PrunePlan, Removed])
 __version__ = "0.1.0"
 __all__ = [
     "ChannelGraph",
+    "CheckpointError",
+    "ExportError",
     "Group",
     "PlanError",
     "PrunePlan",

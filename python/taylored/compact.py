@@ -74,6 +74,8 @@ def compact(
     was made; on another model than the one traced, or one with other modules since, it is rehearsed first: TraceError if the
     model does not run with fewer channels, naming its line (a forward that hard-codes a channel count).
     """
+    if not isinstance(plan, PrunePlan):
+        raise TypeError(f"plan must be a PrunePlan, got {type(plan).__name__}: compact(model, plan, optimizer)")
     parallel = data_parallel(model)
     if parallel is not None:
         _check_agreement(plan, parallel)
@@ -123,6 +125,8 @@ def restore(model: nn.Module, removed: Removed, optimizer=None, also=()) -> None
 
     Raises PlanError, with nothing touched, if the model is not as that cut left it, or an optimizer or average is missing.
     """
+    if not isinstance(removed, Removed):
+        raise TypeError(f"removed must be what compact(..., keep_removed=True) returned, got {type(removed).__name__}")
     work = _Work(removed.plan, model, optimizer, also, cut=True)
     if missing := {name.partition(":")[0] for name in removed.lost} - work.given:
         raise PlanError(f"{', '.join(sorted(missing))} was compacted with the model, but is not given to restore")

@@ -43,8 +43,9 @@ def oracle(
 ) -> dict[str, torch.Tensor]:
     """The change of the mean loss over all examples when a unit is gone, for every unit: group name -> float64 [units].
 
-    batches yields (inputs, targets), the same at every iteration; loss_fn(model(inputs), targets) is a mean over the
-    batch. mode: "loss", the change with its sign; "abs", its absolute value, taken after averaging over all examples.
+    batches yields (inputs, targets), the same each time it is read: a list or a loader, no iterator. loss_fn(model(inputs),
+    targets) is a mean over the batch. mode: "loss", the change with its sign; "abs", its absolute value, taken after averaging
+    over all examples.
     units: group name -> indices of the units to measure (default: all); the others' entries are NaN. precision:
     "bfloat16" computes in that type and is faster; its rank agreement with float32 on a sample is printed. On a processor
     without such arithmetic it would be slower: float32 is used there, and a warning says so. memory: what the values kept
@@ -59,6 +60,9 @@ def oracle(
         raise ValueError(f"mode must be 'abs' or 'loss', got {mode!r}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {list(PRECISIONS)}, got {precision!r}")
+    if iter(batches) is batches:
+        name = type(batches).__name__
+        raise TypeError(f"batches is read several times, from the start: give a list or a loader, not a {name}")
     budget = parse_memory(memory)
     model = unwrapped(model)
     if precision == "bfloat16" and not computes_in_bfloat16(next(model.parameters()).device):
@@ -120,6 +124,8 @@ def parse_memory(memory: str | int) -> int:
 def _chosen(graph, units) -> dict[str, torch.Tensor]:
     if units is None:
         return {g.name: torch.arange(g.units) for g in graph.groups}
+    if not isinstance(units, dict):
+        raise TypeError(f"units must be a dict from group name to unit indices, got {type(units).__name__}")
     chosen = {}
     for name, indices in units.items():
         try:

@@ -131,8 +131,14 @@ class PrunePlan:
         return {name: size - len(self.removed.get(name, ())) for name, size in self.units.items()}
 
     def summary(self) -> str:
-        """A table: every group's units before and after, the share of them that goes, and what that does to the model."""
-        rows = [(name, size, self.kept[name], f"{1 - self.kept[name] / size:.1%}") for name, size in self.units.items()]
+        """A table: every group's units before and after (those of a bundle together, where the graph is known), the share of
+        them that goes, and what that does to the model."""
+        rows, bundles = {}, self.graph.bundles if self.graph is not None else ()
+        bundle_of = {name: f"bundle {n + 1}" for n, bundle in enumerate(bundles) for name in bundle.groups}
+        for name, size in self.units.items():
+            before, after = rows.get(bundle_of.get(name, name), (0, 0))
+            rows[bundle_of.get(name, name)] = before + size, after + self.kept[name]
+        rows = [(name, before, after, f"{1 - after / before:.1%}") for name, (before, after) in rows.items()]
         for name, (before, after) in (
             ("all groups", (sum(self.units.values()), sum(self.kept.values()))),
             ("parameters", self.params),
@@ -298,6 +304,8 @@ def make_plan(
             raise PlanError(f"{argument} names {sorted(unknown)}, which are no groups of the graph")
     budgets = {"target_flops": target_flops, "target_params": target_params, "remove_units": remove_units}
     given = {k: v for k, v in budgets.items() if v is not None}
+    if not graph.groups:
+        raise PlanError("the model has nothing that can be removed: graph.explain() says why, layer by layer")
     if len(given) != 1:
         raise PlanError(f"give exactly one of target_flops, target_params and remove_units, got {given or 'none'}")
     if normalize not in NORMS:

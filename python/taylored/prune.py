@@ -97,6 +97,8 @@ def prune(
     if not any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
         raise ValueError("optimizer has none of the model's parameters that require a gradient: was it made for another model?")
     steps = _length(train_loader)
+    if resume and checkpoint is None:
+        raise ValueError("resume=True needs checkpoint=, the file to go on from")
     if rounds < 1 or round_epochs <= 0 or final_epochs < 0:
         raise ValueError(
             f"rounds must be >= 1, round_epochs > 0, final_epochs >= 0; got {rounds}, {round_epochs}, {final_epochs}"
@@ -185,6 +187,8 @@ class _Budget:
             gone = self.graph.units - current.units
             return {name: target * number // self.rounds - gone if isinstance(target, int) else target}
         total = self.graph.flops if name == "target_flops" else self.graph.params
+        if not isinstance(target, (int, float)):
+            return self.given
         fraction = target if isinstance(target, float) and target <= 1 else target / total
         if not fraction > 0:
             return self.given
@@ -227,7 +231,10 @@ def _train(model, batches, updates, loss_fn, optimizer, scheduler, device, title
 @torch.no_grad()
 def _evaluate(model, evaluate) -> float:
     with in_mode(model, training=False):
-        return float(evaluate(model))
+        accuracy = evaluate(model)
+        if not isinstance(accuracy, (int, float, torch.Tensor)):
+            raise TypeError(f"evaluate must return a number, got {type(accuracy).__name__}")
+        return float(accuracy)
 
 
 def _is_first(runner) -> bool:

@@ -145,7 +145,7 @@ class TaylorScorer:
         if self._parallel is not None:
             torch.distributed.all_reduce(everything, group=self._parallel.process_group)
         *sums, examples = everything.cpu().split([*(g.units for g in self.graph.groups), len(self.graph.groups)])
-        if not examples.any():
+        if self.graph.groups and not examples.any():
             raise RuntimeError("no backward pass was scored: call loss.backward() within `with TaylorScorer(...)`")
         scores = {g.name: s / n for g, s, n in zip(self.graph.groups, sums, examples, strict=True) if n}
         for name, s in scores.items():

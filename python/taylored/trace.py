@@ -183,15 +183,17 @@ class ChannelGraph:
         return component != FIXED and int(component) not in self.frozen
 
     def explain(self, layer: str | None = None) -> str:
-        """A table: every layer's filters, how many of them can go, in which group, and why the others cannot.
+        """A table: every layer's filters, how many of them can go, in which group or bundle, and why the others cannot.
 
         layer: the name of one convolution or linear layer, to see that one alone."""
         if layer is not None and layer not in self.layers:
             raise KeyError(f"layer={layer!r} is no convolution or linear layer of the traced model: {list(self.layers)}")
         rows = []
+        bundle_of = {name: f"bundle {n + 1}" for n, bundle in enumerate(self.bundles) for name in bundle.groups}
         for entry in self.layers.values():
             if layer in (None, entry.name):
-                groups = ", ".join(g.name for g in self.groups if entry.name in g.layers)
+                mine = [g.name for g in self.groups if entry.name in g.layers]
+                groups = ", ".join(dict.fromkeys(bundle_of.get(name, name) for name in mine))
                 without = "its only filter" if len(entry.filters) == 1 else entry.unlabelled
                 reasons = dict.fromkeys(self.frozen.get(int(c), without) for c in entry.filters if not self._removable(c))
                 prunable = self._prunable(entry)
@@ -270,12 +272,12 @@ class ChannelGraph:
             raise found
         return found
 
-    def narrower(self, round_to: int = 1):
-        """Yields widths of the bundles at which the model runs, multiples of `round_to`, at most 16, widest first; and the
-        layout of each. All bundles shrink at once."""
+    def narrower(self, round_to: int = 1, tries: int = 16):
+        """Yields widths of the bundles at which the model runs, multiples of `round_to`, widest first, of the first so many
+        of 16; and the layout of each. All bundles shrink at once."""
         steps = [round_to * math.ceil(bundle.width / (16 * round_to)) for bundle in self.bundles]
         options = [range((b.width - 1) // step * step, 1, -step) for b, step in zip(self.bundles, steps, strict=True)]
-        for number in range(max(map(len, options), default=0)):
+        for number in range(min(tries, max(map(len, options), default=0))):
             widths = (o[min(number, len(o) - 1)] if o else b.width for o, b in zip(options, self.bundles, strict=True))
             try:
                 yield (widths := tuple(widths)), self.layout(widths)
@@ -383,6 +385,7 @@ class Tracer(LabelMode):
         self.edges: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.ties: list[tuple[torch.Tensor, torch.Tensor]] = []  # of equal positions in pieces that must stay equally many
         self.pieces = 1  # the most that anything was cut into
+        self.deals = True  # whether there may be bundles: they are looked for once
         self.frozen: list[tuple[torch.Tensor, str]] = []
         self.filters: list[torch.Tensor] = []
         self.heads: list[torch.Tensor] = []  # filters of fully connected layers
@@ -932,15 +935,18 @@ def _build(model, tensors, tracer: Tracer, passes, offsets, total, evaluation, l
     free = _connect(total, edges) if ties.size else component
     held = np.zeros(total + 1, dtype=bool)  # the components that ties alone have made what they are
     held[component[ties[0][free[ties[0]] != free[ties[1]]]]] = True
-    clusters = _clusters(dimensions, held) if all(p.values == "none" for p in passes) else []
+    clusters = _clusters(dimensions, held) if tracer.deals and tracer.values == "none" else []
     inside = [np.isin(component, components) for components in clusters if _irregular(graph, components, tracer.pieces)]
     while inside:
         found = untied(np.any(inside, axis=0))
         bundles = [_bundle(found, mine) for mine in inside]
         if all(bundles):
             found = dataclasses.replace(found, bundles=tuple(bundles), alive=model)
-            return graph if next(found.narrower(), None) is None else found
+            if next(found.narrower(tries=4), None) is not None:
+                return found
+            break
         inside = [mine for mine, bundle in zip(inside, bundles, strict=True) if bundle]
+    tracer.deals = False
     return graph
 
 

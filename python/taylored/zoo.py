@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 import inspect
 import pickle
+import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -229,6 +230,7 @@ def _from_file(name, num_classes):
         raise ModelError(f"--model {name}: there is no file {path}")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(Path(path).absolute().parent))  # as for `python file.py`: it may import its neighbours
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the user's file raises
