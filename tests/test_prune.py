@@ -318,3 +318,24 @@ def test_mixed_up_arguments_are_named():
         run(model, torch.optim.SGD(nets.small().parameters(), 0.05))
     with pytest.raises(ValueError, match=r"must yield \(inputs, targets\)"):
         run(model, loader=[x for x, _ in data()])
+
+
+def test_a_bundle_shrinks_in_rounds_and_an_interrupted_run_goes_on(tmp_path):
+    """The later rounds, and the resumed run, ask a model that has been cut already for layouts of the whole one."""
+
+    def stop(event):
+        if event.get("round") == 2:
+            raise KeyboardInterrupt
+
+    whole, resumed = nets.small("dealt").train(), nets.small("dealt").train()
+    result = run(whole)
+    with pytest.raises(KeyboardInterrupt):
+        run(nets.small("dealt").train(), checkpoint=tmp_path / "c", log=stop)
+    assert run(resumed, checkpoint=tmp_path / "c", resume=True).plan == result.plan
+    assert result.plan.flops[1] <= 0.5 * result.plan.flops[0]
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_resuming_needs_a_file():
+    with pytest.raises(ValueError, match="checkpoint="):
+        run(nets.small().train(), resume=True)
