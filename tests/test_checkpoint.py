@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import taylored
 from taylored import PlanError, checkpoint, compact, files, load, random_plan, save, trace
 from taylored.checkpoint import CheckpointError
 
@@ -264,4 +265,14 @@ def test_a_loaded_model_keeps_no_memory_of_what_was_cut(tmp_path):
 def test_a_failing_write_names_the_file(tmp_path):
     with pytest.raises(FileNotFoundError) as raised:
         saved(tmp_path / "nowhere" / "m")
-    assert raised.value.filename == str(tmp_path / "nowhere" / "m")
+    assert raised.value.filename == str(tmp_path / "nowhere" / "m") and "None" not in str(raised.value)
+
+
+def test_arguments_in_another_order_are_refused_in_words(tmp_path):
+    model, plan = saved(tmp_path / "m")
+    with pytest.raises(TypeError, match=r"save\(path, model, plan\)"):
+        save(model, tmp_path / "n", plan)
+    with pytest.raises(TypeError, match=r"load\(path, model\)"):
+        load(model, tmp_path / "m")
+    with pytest.raises(TypeError, match="export"):
+        taylored.export(model, tmp_path / "n.onnx", nets.inputs())

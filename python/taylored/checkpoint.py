@@ -31,6 +31,8 @@ def save(path, model: nn.Module, plan: PrunePlan, *, extra: dict | None = None, 
     path: the file; its folder must exist. plan: against the original model (plans compose by `plan.then`). extra: JSON
     values and tensors: further tensors to keep along, both given back by `load`. Raises PlanError if the model does not
     have the shapes that the plan leaves."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: save(path, model, plan)")
     model = unwrapped(model)
     for name, tensor in named_tensors(model).items():
         if name in plan.shapes and tuple(tensor.shape) != plan.shape_after(name):
@@ -69,6 +71,8 @@ def load(path, model: nn.Module):
     """Prune a freshly built original as the file's plan says and give it the file's weights. Returns the plan.
 
     Raises CheckpointError, with the model untouched, if the file is foreign, damaged, or of another model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: load(path, model)")
     plan, _, _ = load_all(path, model)
     return plan
 

@@ -38,6 +38,8 @@ def export(model: nn.Module, example_inputs, path: str | os.PathLike, *, any_bat
     fraction of the largest output, or None if onnxruntime is not installed. Raises ExportError, with nothing written, if a
     package is missing, the model cannot be exported, or the answers differ.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a file's, got {type(path).__name__}: export(model, example_inputs, path)")
     path, model = Path(path), unwrapped(model)
     if path.suffix not in FORMATS:
         raise ExportError(f"path={str(path)!r} must end in one of {', '.join(FORMATS)}")

@@ -18,9 +18,9 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename is not None:
-            error.filename, error.filename2 = str(path), None  # nobody knows the temporary one
-        raise
+        if error.filename is None:
+            raise
+        raise type(error)(error.errno, error.strerror, str(path)) from error  # nobody knows the temporary one
     finally:
         temporary.unlink(missing_ok=True)
 
