@@ -133,8 +133,7 @@ class PrunePlan:
     def summary(self) -> str:
         """A table: every group's units before and after (those of a bundle together, where the graph is known), the share of
         them that goes, and what that does to the model."""
-        rows, bundles = {}, self.graph.bundles if self.graph is not None else ()
-        bundle_of = {name: f"bundle {n + 1}" for n, bundle in enumerate(bundles) for name in bundle.groups}
+        rows, bundle_of = {}, self.graph.bundle_of if self.graph is not None else {}
         for name, size in self.units.items():
             before, after = rows.get(bundle_of.get(name, name), (0, 0))
             rows[bundle_of.get(name, name)] = before + size, after + self.kept[name]
@@ -416,22 +415,22 @@ def _limit(argument, value, group):
 def _shrinking(graph, round_to, limits):
     """What shrinks by itself, a group or a bundle: the indices of its groups, and the counts of units gone from each (index ->
     count), from few to many."""
+    bundled = graph.bundled
     for i, group in enumerate(graph.groups):
-        if group.name not in graph.bundled:
+        if group.name not in bundled:
             keep = max(_limits(limits, group, group.units), 1)
             channels = max((int((graph.layers[name].filters >= 0).sum()) for name in group.layers), default=group.units)
             width = max(1, channels // group.units)  # channels that a unit has in its widest layer
             step = round_to // math.gcd(round_to, width)
             yield [i], [{i: gone} for gone in range(group.units % step or step, group.units - keep + 1, step)]
-    layouts = list(graph.narrower(round_to))
+    layouts = [(widths, graph.gone(layout)) for widths, layout in graph.narrower(round_to)]
     for number, bundle in enumerate(graph.bundles):
         together = [i for i, group in enumerate(graph.groups) if group.name in bundle.groups]
         keep = max(_limits(limits, graph.groups[i], bundle.width) for i in together)
         options = {}
-        for widths, layout in layouts:
+        for widths, gone in layouts:
             if keep <= widths[number] < bundle.width:
-                left = {g.name: g.units for g in layout.groups}
-                options[widths[number]] = {i: graph.groups[i].units - left.get(graph.groups[i].name, 0) for i in together}
+                options[widths[number]] = {i: gone[graph.groups[i].name] for i in together}
         yield together, list(options.values())
 
 

@@ -129,7 +129,7 @@ def movement(mode, func, args, kwargs, out):
     for label in mode.get(x):
         moved = compress(move(label.expand(x.shape), *args[1:], **kwargs))
         axes = varying(moved)
-        if repeats(label) and repeats(moved) and any(cut(func, x, out, d) for d in varying(label)):
+        if any(cut(func, x, out, d) for d in varying(label)) and repeats(label) and repeats(moved):
             mode.freeze(label, f"{func.overloadpacket} in {mode.where()!r} cuts up channels that each hold several places")
             continue
         if len(axes) > len(varying(label)):

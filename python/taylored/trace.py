@@ -188,8 +188,7 @@ class ChannelGraph:
         layer: the name of one convolution or linear layer, to see that one alone."""
         if layer is not None and layer not in self.layers:
             raise KeyError(f"layer={layer!r} is no convolution or linear layer of the traced model: {list(self.layers)}")
-        rows = []
-        bundle_of = {name: f"bundle {n + 1}" for n, bundle in enumerate(self.bundles) for name in bundle.groups}
+        rows, bundle_of = [], self.bundle_of
         for entry in self.layers.values():
             if layer in (None, entry.name):
                 mine = [g.name for g in self.groups if entry.name in g.layers]
@@ -211,9 +210,19 @@ class ChannelGraph:
         return model if there == self.shapes else None
 
     @property
+    def bundle_of(self) -> dict[str, str]:
+        """Name of a group that can only shrink together with others -> what their bundle is called in tables."""
+        return {name: f"bundle {n + 1}" for n, bundle in enumerate(self.bundles) for name in bundle.groups}
+
+    @property
     def bundled(self) -> frozenset[str]:
         """The names of the groups that can only shrink together with others."""
-        return frozenset(itertools.chain.from_iterable(bundle.groups for bundle in self.bundles))
+        return frozenset(self.bundle_of)
+
+    def gone(self, narrow: "ChannelGraph") -> dict[str, int]:
+        """How many units of each bundled group (its name -> units) a layout has no room for."""
+        left, bundled = {g.name: g.units for g in narrow.groups}, self.bundled
+        return {g.name: g.units - left.get(g.name, 0) for g in self.groups if g.name in bundled}
 
     def _traced(self) -> nn.Module | None:
         """The same, however it has been cut since."""
@@ -295,18 +304,18 @@ class ChannelGraph:
             if rest:
                 raise ValueError(f"the groups {list(bundle.groups)} must lose the same share of every dimension")
             widths.append(width)
-        left = {g.name: g.units for g in self.layout(tuple(widths)).groups}
-        for name in self.bundled:
-            if len(removed.get(name, ())) != self.group(name).units - left.get(name, 0):
+        for name, count in self.gone(self.layout(tuple(widths))).items():
+            if len(removed.get(name, ())) != count:
                 units = self.group(name).units
-                raise ValueError(f"of the {units} units of {name!r} {left.get(name, 0)} stay where its bundle is {widths} wide")
+                raise ValueError(f"of the {units} units of {name!r} {units - count} stay where its bundle is {widths} wide")
         return tuple(widths)
 
     def after(self, removed: dict[str, torch.Tensor]) -> "ChannelGraph":
         """The graph of the model once the given units (group name -> unit indices) are gone. Raises ValueError if those of a
         bundle do not go together."""
         if (narrow := self.layout(self._widths(removed))) is not self:
-            return narrow.after({name: units for name, units in removed.items() if name not in self.bundled})
+            bundled = self.bundled
+            return narrow.after({name: units for name, units in removed.items() if name not in bundled})
         gone = np.zeros(1 + max((int(c.max(initial=0)) for c in self.components.values()), default=0), dtype=bool)
         keeps = {g.name: complement(removed.get(g.name, ()), g.units) for g in self.groups}
         for g in self.groups:
@@ -895,12 +904,12 @@ def _rigid(model, graph: ChannelGraph, known: bool) -> dict[int, str]:
 
     # One unit of each group, and what the bundles lose first. Groups of which a single channel would be left are for the
     # rehearsal of a plan: it could not be labelled.
-    single = [g for g in graph.groups if g.name not in graph.bundled]
+    bundled = graph.bundled
+    single = [g for g in graph.groups if g.name not in bundled]
     parts = [{g.name: 1} for g in single if all((g.units - 1) * s.shape[1] > 1 for s in g.slots.values())]
     if graph.bundles:
         _, narrow = next(graph.narrower())
-        left = {g.name: g.units for g in narrow.groups}
-        parts.append({name: gone for name in graph.bundled if (gone := graph.group(name).units - left.get(name, 0))})
+        parts.append({name: count for name, count in graph.gone(narrow).items() if count})
     if not parts or (not known and without(parts, labelled=False) is None):
         return {}
     fault = without(parts, labelled=True)
@@ -923,19 +932,21 @@ def _build(model, tensors, tracer: Tracer, passes, offsets, total, evaluation, l
     edges, ties = (_pairs(tracer, noted) for noted in (tracer.edges, tracer.ties))
     facts = (model, tensors, tracer, passes, offsets, evaluation)
     component = _connect(total, edges, ties)
-    dimensions = {(name, d): component[start : start + tensors[name].shape[d]] for (name, d), start in offsets.items()}
 
     def untied(bundled):
         """The graph without the ties of the labels in bundles."""
         return _assemble(*facts, _connect(total, edges, ties[:, ~bundled[ties[0]]]), bundled)
 
     if loose is not None:
-        return untied(np.isin(component, np.concatenate([dimensions[key] for key in loose])))
+        mine = [component[offsets[name, d] :][: tensors[name].shape[d]] for name, d in loose]
+        return untied(np.isin(component, np.concatenate(mine)))
     graph = _assemble(*facts, component)
-    free = _connect(total, edges) if ties.size else component
+    if not (ties.size and tracer.deals and tracer.values == "none"):
+        return graph
+    free = _connect(total, edges)
     held = np.zeros(total + 1, dtype=bool)  # the components that ties alone have made what they are
     held[component[ties[0][free[ties[0]] != free[ties[1]]]]] = True
-    clusters = _clusters(dimensions, held) if tracer.deals and tracer.values == "none" else []
+    clusters = _clusters(graph.components, held)
     inside = [np.isin(component, components) for components in clusters if _irregular(graph, components, tracer.pieces)]
     while inside:
         found = untied(np.any(inside, axis=0))
