@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <numeric>
 
 namespace taylored {
 
@@ -20,49 +21,81 @@ static void check_values(const Tensor& keep, int64_t size, size_t i, int64_t dim
                     count ? index[0] : 0, " to ", count ? index[count - 1] : 0);
 }
 
-void check_cut(const std::vector<Tensor>& tensors, std::vector<int64_t>& dims, std::vector<Tensor>& keep) {
-    const Tensor& x = tensors[0];
-    const auto same = [](auto a, auto b) { return std::equal(a.begin(), a.end(), b.begin(), b.end()); };
-    for (const Tensor& one : tensors)
-        STD_TORCH_CHECK(
-            one.device() == x.device() && same(one.sizes(), x.sizes()) && same(one.strides(), x.strides()) &&
-                one.element_size() == x.element_size(),
-            "compact_many_: all tensors must have the device, shape, strides and element size of the first");
-    STD_TORCH_CHECK(dims.size() == keep.size(), "compact_: dims has ", dims.size(), " entries and keep ",
-                    keep.size(), ", expected one index vector per dimension");
+static void check(Cut& cut) {
+    const Tensor& x = cut.x[0];
     const int64_t rank = x.dim();
     std::vector<bool> seen(rank, false);
-    for (size_t i = 0; i < dims.size(); ++i) {
-        STD_TORCH_CHECK(dims[i] >= -rank && dims[i] < rank, "compact_: dims[", i, "] is ", dims[i],
+    for (size_t i = 0; i < cut.dims.size(); ++i) {
+        int64_t& dim = cut.dims[i];
+        Tensor& keep = cut.keep[i];
+        STD_TORCH_CHECK(dim >= -rank && dim < rank, "compact_: dims[", i, "] is ", dim,
                         ", expected a dimension of x, which has ", rank);
-        if (dims[i] < 0) dims[i] += rank;
-        STD_TORCH_CHECK(!seen[dims[i]], "compact_: dims names dimension ", dims[i], " twice");
-        seen[dims[i]] = true;
-        STD_TORCH_CHECK(keep[i].scalar_type() == ScalarType::Long && keep[i].dim() == 1 &&
-                            (keep[i].is_cpu() || keep[i].device() == x.device()),
+        if (dim < 0) dim += rank;
+        STD_TORCH_CHECK(!seen[dim], "compact_: dims names dimension ", dim, " twice");
+        seen[dim] = true;
+        STD_TORCH_CHECK(keep.scalar_type() == ScalarType::Long && keep.dim() == 1 &&
+                            (keep.is_cpu() || keep.device() == x.device()),
                         "compact_: keep[", i, "] must be a vector of int64 indices on the CPU",
                         x.is_cpu() ? "" : " or where x is");
-        if (!keep[i].is_contiguous()) keep[i] = torch::stable::contiguous(keep[i]);
-        if (keep[i].is_cpu()) check_values(keep[i], x.size(dims[i]), i, dims[i]);
-        STD_TORCH_CHECK(keep[i].numel() <= x.size(dims[i]), "compact_: keep[", i, "] has ", keep[i].numel(),
-                        " indices, more than x's dimension ", dims[i]);
+        if (!keep.is_contiguous()) keep = torch::stable::contiguous(keep);
+        if (keep.is_cpu()) check_values(keep, x.size(dim), i, dim);
+        STD_TORCH_CHECK(keep.numel() <= x.size(dim), "compact_: keep[", i, "] has ", keep.numel(),
+                        " indices, more than x's dimension ", dim);
     }
 }
 
-std::vector<Level> cut_levels(const Tensor& x, const std::vector<int64_t>& dims,
-                              const std::vector<Tensor>& keep) {
+std::vector<Cut> cuts_of(const std::vector<Tensor>& x, const std::vector<int64_t>& counts,
+                         const std::vector<int64_t>& dims, const std::vector<Tensor>& keep) {
+    const auto same = [](auto a, auto b) { return std::equal(a.begin(), a.end(), b.begin(), b.end()); };
+    const auto alike = [&](const Tensor& a, const Tensor& b) {
+        return same(a.sizes(), b.sizes()) && same(a.strides(), b.strides()) &&
+               a.element_size() == b.element_size();
+    };
+    const auto identical = [&](const Tensor& a, const Tensor& b) {  // each is a handle of its own
+        return alike(a, b) && a.scalar_type() == b.scalar_type() && a.const_data_ptr() == b.const_data_ptr();
+    };
+    const int64_t given = std::accumulate(counts.begin(), counts.end(), int64_t(0));
+    STD_TORCH_CHECK(dims.size() == keep.size() && given == static_cast<int64_t>(dims.size()) &&
+                        counts.size() == x.size() &&
+                        std::all_of(counts.begin(), counts.end(), [](int64_t count) { return count >= 0; }),
+                    "compact_: ", dims.size(), " dims and ", keep.size(), " index vectors for ", given,
+                    " cuts, expected one of each per cut, and a number of cuts per tensor");
+    std::vector<Cut> cuts;
+    size_t next = 0;
+    for (size_t i = 0; i < x.size(); ++i) {
+        STD_TORCH_CHECK(x[i].device() == x[0].device(), "compact_many_: x[", i, "] must be where x[0] is");
+        Cut cut{{x[i]}, {}, {}};
+        bool as_before = i > 0 && counts[i] == counts[i - 1] && alike(x[i], x[i - 1]);
+        for (int64_t c = 0; c < counts[i]; ++c, ++next) {
+            cut.dims.push_back(dims[next]);
+            cut.keep.push_back(keep[next]);
+            as_before = as_before && dims[next] == dims[next - counts[i]] &&
+                        identical(keep[next], keep[next - counts[i]]);
+        }
+        if (as_before) {
+            cuts.back().x.push_back(x[i]);
+        } else {
+            check(cut);
+            cuts.push_back(std::move(cut));
+        }
+    }
+    return cuts;
+}
+
+std::vector<Level> Cut::levels() const {
+    const Tensor& like = x[0];
     std::vector<Level> given(dims.size());
-    std::vector<const Level*> cut(x.dim(), nullptr);
-    bool empty = x.numel() == 0, whole = true;
+    std::vector<const Level*> cut(like.dim(), nullptr);
+    bool empty = like.numel() == 0, whole = true;
     for (size_t i = 0; i < dims.size(); ++i) {
-        const int64_t size = x.size(dims[i]), kept = keep[i].numel();
+        const int64_t size = like.size(dims[i]), kept = keep[i].numel();
         given[i] = {size, 0, static_cast<const int64_t*>(keep[i].const_data_ptr()), kept};
         if (kept < size) cut[dims[i]] = &given[i];
         whole &= kept == size;
         empty |= kept == 0;
     }
     if (empty) return {};
-    std::vector<Level> levels = levels_of(x.sizes(), x.strides(), x.element_size(), cut);
+    std::vector<Level> levels = levels_of(like.sizes(), like.strides(), like.element_size(), cut);
     return whole ? std::vector<Level>{} : levels;
 }
 

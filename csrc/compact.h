@@ -8,15 +8,21 @@
 
 namespace taylored {
 
-// Throws unless the tensors, one at least, are alike but for what they hold, and each of dims is one of
-// theirs and has a strictly increasing index vector within its range. Makes dims non-negative and index
-// vectors contiguous. Those on the GPU may be only where the tensors are; their values are not read here.
-void check_cut(const std::vector<torch::stable::Tensor>& tensors, std::vector<int64_t>& dims,
-               std::vector<torch::stable::Tensor>& keep);
+// Tensors that differ in nothing but what they hold, and how all of them are cut.
+struct Cut {
+    std::vector<torch::stable::Tensor> x;
+    std::vector<int64_t> dims;                // none negative
+    std::vector<torch::stable::Tensor> keep;  // contiguous
 
-// x's levels, innermost first; none where there is nothing to move. The index vectors are pointed to, not
-// read.
-std::vector<Level> cut_levels(const torch::stable::Tensor& x, const std::vector<int64_t>& dims,
-                              const std::vector<torch::stable::Tensor>& keep);
+    // Their levels, innermost first; none where there is nothing to move. The index vectors are pointed to,
+    // not read. Throws where x is not dense.
+    std::vector<Level> levels() const;
+};
+
+// The arguments of compact_many_, neighbours that are cut alike together. Throws unless all tensors are on
+// one device and each of a tensor's dims is one of its own and has a strictly increasing index vector within
+// its range. Index vectors on the GPU may be only where the tensors are; their values are not read here.
+std::vector<Cut> cuts_of(const std::vector<torch::stable::Tensor>& x, const std::vector<int64_t>& counts,
+                         const std::vector<int64_t>& dims, const std::vector<torch::stable::Tensor>& keep);
 
 }  // namespace taylored

@@ -26,6 +26,7 @@ STABLE_TORCH_LIBRARY(taylored, m) {
     // Move the kept slices of each of dims to the front of x's own memory, packed in x's own stride order.
     m.def("compact_(Tensor(a!) x, int[] dims, Tensor[] keep) -> ()");
 
-    // The same for tensors of one shape and layout, such as a weight, its gradient and its momenta, at once.
-    m.def("compact_many_(Tensor(a!)[] x, int[] dims, Tensor[] keep) -> ()");
+    // The same for many tensors, all of which are checked before anything moves: the first counts[0] of dims
+    // and keep are those of x[0], and so on.
+    m.def("compact_many_(Tensor(a!)[] x, int[] counts, int[] dims, Tensor[] keep) -> ()");
 }

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
@@ -659,47 +660,55 @@ def test_what_stays_may_stay_in_another_order():
     assert all(torch.equal(p.grad, grads[name]) for name, p in model.named_parameters())
 
 
-def _failing(monkeypatch, number):
-    """From now on a cut's move of that number fails."""
-    calls, move = itertools.count(), ops.compact_many_
+class Fault(TorchDispatchMode):
+    """The operator call of that number runs out of memory."""
 
-    def compact_many_(*args):
-        if next(calls) == number:
-            raise MemoryError("no room")
-        return move(*args)
+    def __init__(self, number):
+        super().__init__()
+        self.left = number
 
-    monkeypatch.setattr(ops, "compact_many_", compact_many_)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.left == 0:
+            raise MemoryError(f"no room for {func}")
+        self.left -= 1
+        return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("keep_removed", [False, True])
+@pytest.mark.parametrize("order", ["ascending", "another"])
 @pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.LBFGS])
-def test_a_cut_that_fails_changes_nothing_if_what_it_removes_is_kept(make, monkeypatch):
+def test_a_cut_and_its_undoing_that_fail_anywhere_change_nothing(make, order, keep_removed):
     model, x = nets.small("chain"), nets.inputs()
-    optimizer = make(model.parameters())
+    optimizer, average = make(model.parameters()), AveragedModel(model)
+    step(model, optimizer, x, torch.tensor([0, 1]))
+    plan = random_plan(trace(model, x), 0.5)
+    if order == "another":
+        plan = dataclasses.replace(plan, keep={key: kept.flip(0) for key, kept in plan.keep.items()}, graph=None)
 
-    def closure():
-        optimizer.zero_grad()
-        loss = model(x).square().sum()
-        loss.backward()
-        return loss
+    def everything():
+        tensors = [{**m.state_dict(), **{f"{n}.grad": p.grad for n, p in m.named_parameters()}} for m in (model, average)]
+        return tensors, {n: vars(m).get("in_channels") for n, m in model.named_modules()}, optimizer.state_dict()
 
-    optimizer.step(closure)
-    plan, before = random_plan(trace(model, x), 0.5), copy.deepcopy(model.state_dict())
-    grads, state = [p.grad.clone() for p in model.parameters()], copy.deepcopy(optimizer.state_dict())
-    for number in itertools.count():
-        with monkeypatch.context() as patch:
-            _failing(patch, number)
+    def until_it_succeeds(call):
+        before = copy.deepcopy(everything())
+        for number in itertools.count():
             try:
-                compact(model, plan, optimizer=optimizer, keep_removed=True)
+                with Fault(number):
+                    call()
             except MemoryError:
-                pass
+                assert same_state(everything(), before)
+                attributes_match(model)
+                assert all(p.data_ptr() == t.data_ptr() for p, t in zip(model.parameters(), places, strict=True))
             else:
-                break  # after its last move
-        attributes_match(model)
-        assert same_state(dict(model.state_dict()), dict(before))
-        assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
-        assert same_state(optimizer.state_dict(), state)
-    assert number > 3 and not same_state(dict(model.state_dict()), dict(before))
-    optimizer.step(closure)
+                assert number > 10 and not same_state(everything(), before)
+                return
+
+    places, removed = [p.data for p in model.parameters()], []
+    until_it_succeeds(lambda: removed.append(compact(model, plan, optimizer, average, keep_removed=keep_removed)))
+    step(model, optimizer, x, torch.tensor([0, 1]))
+    if keep_removed:
+        places = [p.data for p in model.parameters()]
+        until_it_succeeds(lambda: restore(model, removed[0], optimizer, average))
 
 
 def same_state(a, b):
@@ -710,14 +719,21 @@ def same_state(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def test_a_cut_that_fails_says_whether_the_model_is_whole(monkeypatch):
+@pytest.mark.parametrize("number", [0, 1, 5, "last"])
+def test_data_that_cannot_be_given_to_a_tensor_is_taken_from_the_others(monkeypatch, number):
     model, x = nets.small("chain"), nets.inputs()
-    plan = random_plan(trace(model, x), 0.5)
-    for number, error in ((0, MemoryError), (1, RuntimeError)):
-        with monkeypatch.context() as patch:
-            _failing(patch, number)
-            with refused(model, error, "no room") if number == 0 else pytest.raises(error, match="loaded anew"):
-                compact(model, plan)
+    plan, module = random_plan(trace(model, x), 0.5), sys.modules["taylored.compact"]
+    number, calls, replace = len(plan.shapes) - 1 if number == "last" else number, itertools.count(), module._replace
+
+    def fail(tensor, data):
+        if next(calls) == number:
+            raise RuntimeError("no data for you")
+        replace(tensor, data)
+
+    monkeypatch.setattr(module, "_replace", fail)
+    with refused(model, RuntimeError, "no data for you"):
+        compact(model, plan)
+    attributes_match(model)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs POSIX signals")

@@ -93,22 +93,35 @@ def test_compaction_of_large_tensors_on_several_threads(shape):
     assert torch.equal(ops.compact_(x.clone(), keep), reference.compact(x, keep))
 
 
-@pytest.mark.parametrize("count", [0, 1, 3, 11])
-def test_compaction_of_many_equals_that_of_each(count):
-    tensors = [torch.randn(6, 5, 3, 3).to(memory_format=torch.channels_last) for _ in range(count)]
-    keep = {0: torch.tensor([0, 2, 5]), 1: torch.tensor([1, 4])}
-    expected = [reference.compact(x, keep) for x in tensors]
-    results = ops.compact_many_(tensors, keep)
-    assert [r.data_ptr() for r in results] == [x.data_ptr() for x in tensors]
-    assert len(results) == count and all(map(torch.equal, results, expected))
+@some
+@given(st.lists(st.tuples(st.integers(1, 3), st.lists(st.integers(1, 9), min_size=1, max_size=3), st.sampled_from(DTYPES)),
+                max_size=5), st.data())  # fmt: skip
+def test_compaction_of_many_equals_that_of_each(kinds, data):
+    tensors, keep = [], []
+    for count, shape, dtype in kinds:  # as many that are alike, next to each other
+        cut = {}
+        for d in data.draw(st.sets(st.integers(-len(shape), -1))):
+            cut[d] = torch.tensor(sorted(data.draw(st.sets(st.integers(0, shape[d] - 1)))), dtype=torch.int64)
+        tensors += [torch.randn(shape).to(dtype) for _ in range(count)]
+        keep += [cut] * count
+    expected = [reference.compact(x, cut) for x, cut in zip(tensors, keep, strict=True)]
+    ops.compact_many_(tensors, keep)
+    assert all(torch.equal(ops.front(x, cut), y) for x, cut, y in zip(tensors, keep, expected, strict=True))
 
 
-@pytest.mark.parametrize("other", [torch.ones(5, 3), torch.ones(3, 4).T, torch.ones(4, 3, dtype=torch.float64)])
-def test_tensors_that_differ_are_refused_and_nothing_moves(other):
-    x = torch.arange(12.0).view(4, 3)
+@pytest.mark.parametrize("bad", [
+    (torch.ones(5, 3), {0: torch.tensor([5])}), (torch.ones(5, 4)[:, ::2], {0: torch.tensor([1])}),
+    (torch.ones(5, 3), {2: torch.tensor([1])}), (torch.ones(5, 3), {0: torch.tensor([1.0])}),
+    (torch.ones(5, 3), {0: torch.tensor([1]), -2: torch.tensor([1])}),
+])  # fmt: skip
+def test_one_of_many_that_does_not_fit_is_refused_and_nothing_moves(bad):
+    x, keep = torch.arange(12.0).view(4, 3), {0: torch.tensor([1, 3])}
     before = x.clone()
-    with pytest.raises(RuntimeError, match="compact_many_: all tensors must"):
-        ops.compact_many_([x, other], {0: torch.tensor([1])})
+    with pytest.raises(RuntimeError, match="compact_"):
+        ops.compact_many_([x, bad[0]], [keep, bad[1]])
+    for counts in ([1], [1, 2], [2, -1], [1, 1, 0]):
+        with pytest.raises(RuntimeError, match="number of cuts per tensor"):
+            torch.ops.taylored.compact_many_([x, x.clone()], counts, [0, 0], [keep[0], keep[0]])
     assert torch.equal(x, before)
 
 
@@ -213,9 +226,9 @@ def test_opcheck(dtype):
         torch.library.opcheck(library.contribution.default, (a, a))
         torch.library.opcheck(library.relu_backward.default, (a.relu(), a))
         torch.library.opcheck(library.channel_statistics.default, (a,))
-        cut = ([0, 1], [torch.tensor([1]), torch.tensor([0, 3])])
-        torch.library.opcheck(library.compact_.default, (a.clone(), *cut))
-        torch.library.opcheck(library.compact_many_.default, ([a.clone(), a.clone()], *cut))
+        dims, keep = [0, 1], [torch.tensor([1]), torch.tensor([0, 3])]
+        torch.library.opcheck(library.compact_.default, (a.clone(), dims, keep))
+        torch.library.opcheck(library.compact_many_.default, ([a.clone(), a.clone()], [1, 1], dims, keep))
     torch.library.opcheck(library.accumulate_.default, (torch.zeros(5), [torch.randn(2, 5)], 0, 1.0))
     for bias in (None, torch.ones(6)):
         torch.library.opcheck(library.sparse_conv.default, (torch.randn(2, 5, 4, 3), torch.randn(3, 5, 3, 6), bias))

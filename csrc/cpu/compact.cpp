@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "compact.h"
@@ -207,17 +208,19 @@ Rows make_rows(const std::vector<Level>& levels) {  // innermost first
     return rows;
 }
 
-void compact_many_(std::vector<Tensor> x, std::vector<int64_t> dims, std::vector<Tensor> keep) {
-    if (x.empty()) return;
-    check_cut(x, dims, keep);
-    const std::vector<Level> levels = cut_levels(x[0], dims, keep);
-    if (levels.empty()) return;
-    const Rows rows = make_rows(levels);
-    for (const Tensor& one : x) rows.move_all(static_cast<char*>(one.mutable_data_ptr()));
+void compact_many_(std::vector<Tensor> x, std::vector<int64_t> counts, std::vector<int64_t> dims,
+                   std::vector<Tensor> keep) {
+    const std::vector<Cut> cuts = cuts_of(x, counts, dims, keep);
+    std::vector<std::pair<const Cut*, Rows>> moves;  // all of them are known before the first is made
+    for (const Cut& cut : cuts)
+        if (const std::vector<Level> levels = cut.levels(); !levels.empty())
+            moves.emplace_back(&cut, make_rows(levels));
+    for (const auto& [cut, rows] : moves)
+        for (const Tensor& one : cut->x) rows.move_all(static_cast<char*>(one.mutable_data_ptr()));
 }
 
 void compact_(Tensor x, std::vector<int64_t> dims, std::vector<Tensor> keep) {
-    compact_many_({x}, dims, keep);
+    compact_many_({x}, {static_cast<int64_t>(dims.size())}, dims, keep);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(taylored, CPU, m) {

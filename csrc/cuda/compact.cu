@@ -5,7 +5,10 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cstdio>
+#include <map>
+#include <utility>
 
 #include "../compact.h"
 #include "launch.h"
@@ -26,46 +29,73 @@ static __global__ void check_keep(const int64_t* keep, int64_t kept, int64_t siz
     }
 }
 
-static void compact_many_(std::vector<Tensor> x, std::vector<int64_t> dims, std::vector<Tensor> keep) {
+// One launch.
+struct Move {
+    Compaction cut;
+    CompactTensors tensors;
+    int word;
+    int64_t blocks, control;  // where its control words begin
+};
+
+static void compact_many_(std::vector<Tensor> x, std::vector<int64_t> counts, std::vector<int64_t> dims,
+                          std::vector<Tensor> keep) {
     if (x.empty()) return;
     STD_TORCH_CHECK(x[0].is_cuda(), "compact_: x must be on the GPU, as another argument is");
-    check_cut(x, dims, keep);
+    const std::vector<Cut> cuts = cuts_of(x, counts, dims, keep);
     const Launcher launch(x[0]);
-    for (size_t i = 0; i < keep.size(); ++i) {
-        if (!keep[i].is_cpu() && keep[i].numel() > 0)
-            launch(ceil_div(keep[i].numel(), kCompactThreads), kCompactThreads, check_keep,
-                   static_cast<const int64_t*>(keep[i].const_data_ptr()), keep[i].numel(),
-                   x[0].size(dims[i]));
-    }
-    if (cut_levels(x[0], dims, keep).empty()) return;  // also: x is dense
-    for (Tensor& one : keep)
-        if (one.is_cpu()) one = torch::stable::to(one, x[0].device(), /*non_blocking=*/true);
-    const std::vector<Level> levels = cut_levels(x[0], dims, keep);
-    STD_TORCH_CHECK(levels.size() <= kMaxLevels, "compact_: x has ", levels.size(),
-                    " dimensions between and beside those that are cut, expected at most ", kMaxLevels);
 
-    for (size_t first = 0; first < x.size(); first += kMaxTensors) {
-        CompactTensors tensors{};
-        const int count = std::min<size_t>(x.size() - first, kMaxTensors);
-        uint64_t addresses = 0;
-        for (int i = 0; i < count; ++i) {
-            tensors.data[i] = x[first + i].mutable_data_ptr();
-            addresses |= reinterpret_cast<uint64_t>(tensors.data[i]);
+    // All memory is there before the first move is launched.
+    std::vector<Move> moves;
+    std::map<std::pair<const void*, int64_t>, Tensor> copies;  // of index vectors: many cuts share one
+    int64_t control_words = 0;
+    for (Cut cut : cuts) {
+        for (size_t i = 0; i < cut.keep.size(); ++i) {
+            Tensor& index = cut.keep[i];
+            if (!index.is_cpu()) {
+                if (index.numel() > 0)
+                    launch(ceil_div(index.numel(), kCompactThreads), kCompactThreads, check_keep,
+                           static_cast<const int64_t*>(index.const_data_ptr()), index.numel(),
+                           cut.x[0].size(cut.dims[i]));
+                continue;
+            }
+            const auto [copy, is_new] = copies.try_emplace({index.const_data_ptr(), index.numel()}, index);
+            if (is_new) copy->second = torch::stable::to(index, x[0].device(), /*non_blocking=*/true);
+            index = copy->second;
         }
-        with_word(word_bytes(levels, addresses), [&](auto word) {
-            using Word = decltype(word);
-            const Compaction cut = compaction(levels, sizeof(Word), kTileWords<Word>);
-            const int64_t blocks = cut.tiles * count, size = blocks + 1;
-            const Tensor control = torch::stable::new_empty(x[0], {&size, 1}, ScalarType::Int);
-            auto* flags = static_cast<unsigned*>(control.mutable_data_ptr());
-            STD_CUDA_CHECK(cudaMemsetAsync(flags, 0, size * sizeof(unsigned), launch.stream()));
-            launch(blocks, kCompactThreads, compact<Word>, cut, tensors, flags);
-        });
+        const std::vector<Level> levels = cut.levels();  // also: x is dense
+        STD_TORCH_CHECK(levels.size() <= kMaxLevels, "compact_: x has ", levels.size(),
+                        " dimensions between and beside those that are cut, expected at most ", kMaxLevels);
+        for (size_t first = 0; first < cut.x.size() && !levels.empty(); first += kMaxTensors) {
+            Move move{};
+            const size_t count = std::min<size_t>(cut.x.size() - first, kMaxTensors);
+            uint64_t addresses = 0;
+            for (size_t i = 0; i < count; ++i) {
+                move.tensors.data[i] = cut.x[first + i].mutable_data_ptr();
+                addresses |= reinterpret_cast<uint64_t>(move.tensors.data[i]);
+            }
+            move.word = word_bytes(levels, addresses);
+            with_word(move.word, [&](auto word) {
+                move.cut = compaction(levels, sizeof(word), kTileWords<decltype(word)>);
+            });
+            move.blocks = move.cut.tiles * count;
+            move.control = control_words;
+            control_words += move.blocks + 1;
+            moves.push_back(move);
+        }
     }
+    if (moves.empty()) return;
+    const Tensor control = torch::stable::new_empty(x[0], {&control_words, 1}, ScalarType::Int);
+    auto* flags = static_cast<unsigned*>(control.mutable_data_ptr());
+    STD_CUDA_CHECK(cudaMemsetAsync(flags, 0, control_words * sizeof(unsigned), launch.stream()));
+    for (const Move& move : moves)
+        with_word(move.word, [&](auto word) {
+            launch(move.blocks, kCompactThreads, compact<decltype(word)>, move.cut, move.tensors,
+                   flags + move.control);
+        });
 }
 
 static void compact_(Tensor x, std::vector<int64_t> dims, std::vector<Tensor> keep) {
-    compact_many_({x}, dims, keep);
+    compact_many_({x}, {static_cast<int64_t>(dims.size())}, dims, keep);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(taylored, CUDA, m) {

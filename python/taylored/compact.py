@@ -8,6 +8,7 @@ removing anything, by zeroing the units at their consumers: removal is zeroing, 
 import contextlib
 import dataclasses
 import itertools
+import math
 import signal
 import sys
 import threading
@@ -61,18 +62,17 @@ def compact(
 
     optimizer: one torch.optim optimizer or a list; per-element state is compacted along with its parameter. also:
     moving-average copies: modules with the same names (or that hold such a one, like AveragedModel, timm's ModelEma and
-    the wrappers of torch) or mappings from name to tensor. release: give the freed memory back, at the price of one copy;
-    otherwise each tensor keeps its old storage, of which it uses the front. keep_removed: return what was cut off, from
+    the wrappers of torch) or mappings from name to tensor. release: give the freed memory back afterwards, at the price of a
+    copy; otherwise each tensor keeps its old storage, of which it uses the front. keep_removed: return what was cut off, from
     which `restore` puts everything back.
 
     model: in its DistributedDataParallel wrapper every process calls this with the same plan (compared by digest), and wraps
     the model again afterwards, `model = DistributedDataParallel(model.module)`, for its buckets have the old sizes.
 
-    Everything is checked before anything is touched, and signals wait until all is done. Should a move fail all the same,
-    nothing has changed with keep_removed; without it, what has moved has lost what it was moved onto, and RuntimeError says
-    that the model must be loaded anew. Raises PlanError if the plan does not fit. A plan was rehearsed when it
-    was made; on another model than the one traced, or one with other modules since, it is rehearsed first: TraceError if the
-    model does not run with fewer channels, naming its line (a forward that hard-codes a channel count).
+    An exception leaves everything as it was: what can be undone comes first, the move of memory last, in one call that checks
+    all before it moves any, and signals wait until it is done. Raises PlanError if the plan does not fit. A plan was rehearsed
+    when it was made; on another model than the one traced, or one with other modules since, it is rehearsed first: TraceError
+    if the model does not run with fewer channels, naming its line (a forward that hard-codes a channel count).
     """
     if not isinstance(plan, PrunePlan):
         raise TypeError(f"plan must be a PrunePlan, got {type(plan).__name__}: compact(model, plan, optimizer)")
@@ -83,36 +83,13 @@ def compact(
     if plan.graph is not None and not (plan.rehearsed and plan.graph.source() is unwrapped(model)):
         rehearse(model, plan)
     removed = work.removed() if keep_removed else None
+    moves, replaced = _cut(work.jobs)
     with _uninterrupted(), torch.no_grad():
-        moved: list[_Job] = []
-        vectors = [(tensor, tensor.clone()) for tensor, _ in work.flat] if keep_removed else []
-        try:
-            for same in _alike(work.jobs):
-                for job, data in zip(same, work.cut(same), strict=True):
-                    _replace(job.tensor, data)
-                    moved.append(job)
-            for tensor, stretches in work.flat:
-                _compact_flat(
-                    tensor, [(job, work.cut([job])[0].numel() if job.dims else job.tensor.numel()) for job in stretches]
-                )
-            work.finish({name: values for name, _, values in work.modules})
-        except BaseException as error:
-            if removed is None and moved:
-                raise RuntimeError(
-                    f"the cut failed after {len(moved)} of {len(work.jobs)} tensors: the model must be loaded anew "
-                    "(with keep_removed=True a cut that fails undoes itself)"
-                ) from error
-            for job in moved:
-                _replace(job.tensor, _put_back(job, removed))
-            for tensor, data in vectors:
-                _replace(tensor, data)
-            if removed is not None:
-                work.finish(removed.sizes)
-            raise
-        if release:
-            for job in work.jobs:
-                job.tensor.data = job.tensor.data.clone(memory_format=torch.preserve_format)
+        work.change(replaced, {name: values for name, _, values in work.modules}, moves)
         _outdate(parallel)
+        if release:
+            for tensor, _ in replaced:
+                tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
     return removed
 
 
@@ -130,19 +107,13 @@ def restore(model: nn.Module, removed: Removed, optimizer=None, also=()) -> None
     work = _Work(removed.plan, model, optimizer, also, cut=True)
     if missing := {name.partition(":")[0] for name in removed.lost} - work.given:
         raise PlanError(f"{', '.join(sorted(missing))} was compacted with the model, but is not given to restore")
-    whole, restarted = [(job.tensor, _put_back(job, removed)) for job in work.jobs], False
-    for tensor, stretches in work.flat:
-        if any(job.name in removed.lost for job in stretches):
-            whole.append((tensor, torch.cat([_put_back(job, removed).flatten() for job in stretches])))
-        else:
-            restarted = True
+    stale = [job for job in work.jobs if job.owner is None and job.name not in removed.lost]
+    whole = [(job.tensor, _put_back(job, removed)) for job in work.jobs if job not in stale]
     with _uninterrupted(), torch.no_grad():
-        for tensor, data in whole:
-            _replace(tensor, data)
+        work.change(whole, removed.sizes)
         for opt in work.optimizers:
-            if restarted and isinstance(opt, torch.optim.LBFGS):
+            if stale and isinstance(opt, torch.optim.LBFGS):
                 opt.state.clear()
-        work.finish(removed.sizes)
         _outdate(data_parallel(model))
 
 
@@ -169,10 +140,10 @@ def _outdate(parallel):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Job:
-    """A tensor, or a stretch of one, to be cut as the plan cuts `owner`. dims: dimension -> kept indices."""
+    """A tensor to be cut as the plan cuts `owner`; None: a vector of all parameters. dims: dimension -> kept indices."""
 
     name: str
-    owner: str
+    owner: str | None
     tensor: torch.Tensor
     dims: dict[int, torch.Tensor]
 
@@ -187,8 +158,7 @@ class _Work:
         tensors = named_tensors(model)
         self.jobs: list[_Job] = []
         self.modules: list[tuple[str, nn.Module, dict[str, int]]] = []
-        self.flat: list[tuple[torch.Tensor, list[_Job]]] = []
-        self.places = _places(plan)
+        _check_indices(plan)
         copies = enumerate([also] if isinstance(also, (nn.Module, dict)) else also)
         twins = {"model": model, **{f"also[{n}]": _twin(copy, plan, f"also[{n}]") for n, copy in copies}}
         for what, twin in twins.items():
@@ -202,31 +172,34 @@ class _Work:
         names = {id(t): name for name, t in tensors.items()}
         self.optimizers = [] if optimizer is None else list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
         for number, opt in enumerate(self.optimizers):
-            jobs, flat = _optimizer_jobs(plan, opt, names, f"optimizer[{number}]")
-            self.jobs += jobs
-            self.flat += flat
+            self.jobs += _optimizer_jobs(plan, opt, names, f"optimizer[{number}]")
         self.given = {*twins, *(f"optimizer[{n}]" for n in range(len(self.optimizers)))}
         self.plan = plan
         _check_memory([(job.name, job.tensor) for job in self.jobs], tensors)
 
+    def sizes(self) -> dict[str, dict[str, int]]:
+        return {name: {key: getattr(module, key) for key in values} for name, module, values in self.modules}
+
     def removed(self) -> Removed:
-        jobs = [*self.jobs, *itertools.chain.from_iterable(stretches for _, stretches in self.flat)]
-        sizes = {name: {key: getattr(module, key) for key in values} for name, module, values in self.modules}
-        return Removed(self.plan, {job.name: _lost(job) for job in jobs}, {job.name: job.tensor.stride() for job in jobs}, sizes)
+        lost, strides = {job.name: _lost(job) for job in self.jobs}, {job.name: job.tensor.stride() for job in self.jobs}
+        return Removed(self.plan, lost, strides, self.sizes())
 
-    def cut(self, jobs) -> list[torch.Tensor]:
-        """Move what stays of tensors that are alike to the front of their memory, and bring it into the plan's order."""
-        dims = dict(jobs[0].dims)
-        places = {d: self.places[id(kept)] for d, kept in dims.items() if id(kept) in self.places}
-        dims |= {d: dims[d].sort().values for d in places}
-        cut = ops.compact_many_([job.tensor.data for job in jobs], dims)
-        for d, place in places.items():
-            for data in cut:
-                data.copy_(data.index_select(d, place.to(data.device)))
-        return cut
+    def change(self, data, sizes, moves=()):
+        """Give tensors their data and modules their sizes, then move, which comes last for it alone cannot be undone."""
+        before, sizes_before = [(tensor, tensor.data) for tensor, _ in data], self.sizes()
+        try:
+            for tensor, new in data:
+                _replace(tensor, new)
+            self._say(sizes)
+            for tensors in moves:
+                ops.compact_many_([tensor for tensor, _ in tensors], [keep for _, keep in tensors])
+        except BaseException:
+            for tensor, old in before:
+                tensor.data = old
+            self._say(sizes_before)
+            raise
 
-    def finish(self, sizes):
-        """What is known of sizes besides the tensors themselves."""
+    def _say(self, sizes):
         for opt in self.optimizers:
             if isinstance(opt, torch.optim.LBFGS):
                 opt._numel_cache = None  # it remembers how many elements its parameters have
@@ -246,24 +219,35 @@ def _lost(job) -> dict[int, torch.Tensor]:
 def _put_back(job, removed) -> torch.Tensor:
     """The whole tensor, in new memory: the inverse of `_lost` and the cut."""
     x, lost = job.tensor.detach(), removed.lost.get(job.name)
-    dims = job.dims if lost is None else {d: removed.plan.keep[job.owner, d] for d in lost}
-    for d, kept in reversed(dims.items()):
-        gone = complement(kept, removed.plan.shapes[job.owner][d])
-        shape = [len(kept) + len(gone) if i == d else s for i, s in enumerate(x.shape)]
-        whole = x.new_zeros(shape).index_copy_(d, kept.to(x.device), x)
-        x = whole if lost is None else whole.index_copy_(d, gone.to(x.device), lost[d].to(x))
+    for d in reversed(job.dims if lost is None else lost):
+        kept = job.dims[d]
+        size = removed.plan.shapes[job.owner][d] if lost is None else len(kept) + lost[d].shape[d]
+        whole = x.new_zeros([size if i == d else s for i, s in enumerate(x.shape)]).index_copy_(d, kept.to(x.device), x)
+        x = whole if lost is None else whole.index_copy_(d, complement(kept, size).to(x.device), lost[d].to(x))
     stride = removed.strides.get(job.name, ops.packed_strides(list(x.shape), job.tensor))
     return torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device).copy_(x)
 
 
-def _alike(jobs) -> list[list[_Job]]:
-    """Jobs that differ in nothing but values, such as a weight, its gradient and its momenta, together."""
-    together: dict[tuple, list] = {}
+def _cut(jobs):
+    """How to cut: for each device what to move, (data, kept indices), and what every tensor is to be then, (tensor, data): the
+    front of its own memory or, where its indices do not ascend, a copy."""
+    vectors = {id(indices): indices for job in jobs for indices in job.dims.values()}
+    ascending = {key: _ascends(indices.cpu().numpy()) for key, indices in vectors.items()}
+    moves, replaced = {}, []
     for job in jobs:
-        cut = tuple((d, id(indices)) for d, indices in job.dims.items())
-        key = (job.tensor.device, job.tensor.shape, job.tensor.stride(), job.tensor.element_size(), cut)
-        together.setdefault(key, []).append(job)
-    return list(together.values())
+        data = job.tensor.data
+        if all(ascending[id(indices)] for indices in job.dims.values()):
+            # those that differ in nothing but values, such as a weight, its gradient and its momenta, side by side
+            like = (data.shape, data.stride(), data.element_size(), *((d, id(indices)) for d, indices in job.dims.items()))
+            moves.setdefault(data.device, {}).setdefault(like, []).append((data, job.dims))
+            replaced.append((job.tensor, ops.front(data, job.dims)))
+        else:
+            for d, indices in job.dims.items():
+                data = data.index_select(d, indices.to(data.device))
+            strides = ops.packed_strides(list(data.shape), job.tensor)
+            replaced.append((job.tensor, data.new_empty_strided(data.shape, strides).copy_(data)))
+    devices = sorted(moves, key=lambda device: device.type == "cpu")  # the last, for there no memory or launch can fail
+    return [list(itertools.chain.from_iterable(moves[device].values())) for device in devices], replaced
 
 
 def _replace(tensor, data):
@@ -293,20 +277,18 @@ def _jobs(plan, tensors, what, cut) -> list[_Job]:
     return jobs
 
 
-def _places(plan) -> dict[int, torch.Tensor]:
-    """For the index vectors of a plan, by id, that are not ascending: the place of each index among those that stay. Raises
-    PlanError for vectors that are none."""
-    places, known = {}, set()  # many dimensions share one
+def _check_indices(plan):
+    known = set()  # many dimensions share one vector
     for (name, d), indices in plan.keep.items():
         if (facts := (id(indices), plan.shapes[name][d])) not in known:
-            i = indices.cpu().numpy()  # of hundreds of short vectors, three times as fast as with torch
-            if not (i[1:] > i[:-1]).all():
-                places[id(indices)] = indices.argsort().argsort()
-                i = np.sort(i)
-            if not len(i) or i[0] < 0 or i[-1] >= facts[1] or not (i[1:] > i[:-1]).all():
+            i = np.sort(indices.cpu().numpy())  # of hundreds of short vectors, three times as fast as with torch
+            if not len(i) or i[0] < 0 or i[-1] >= facts[1] or not _ascends(i):
                 raise PlanError(f"the plan's keep[{name!r}, {d}] must be different indices below {facts[1]}")
             known.add(facts)
-    return places
+
+
+def _ascends(indices) -> bool:
+    return bool((indices[1:] > indices[:-1]).all())
 
 
 def _job(name, owner, tensor, dims) -> _Job:
@@ -344,25 +326,20 @@ def _twin(copy, plan, what):
     return copy
 
 
-def _optimizer_jobs(plan, optimizer, names, what):
-    """State that has a parameter's shape, or that shape with some dimensions reduced to 1 (Adafactor's); and LBFGS's vectors,
-    with the stretch that each parameter has in them."""
-    jobs, flat = [], []
-    cuts, parameters = plan.cuts, [p for group in optimizer.param_groups for p in group["params"]]
+def _optimizer_jobs(plan, optimizer, names, what) -> list[_Job]:
+    """State that has a parameter's shape, or that shape with some dimensions reduced to 1 (Adafactor's); and LBFGS's vectors
+    of all parameters, end to end."""
+    jobs, cuts, parameters = [], plan.cuts, [p for group in optimizer.param_groups for p in group["params"]]
     if not any(id(p) in names for p in parameters):
         raise PlanError("optimizer has none of the model's parameters: was it made for another model?")
     if isinstance(optimizer, torch.optim.LBFGS):
-        sizes = [p.numel() for p in parameters]
+        kept, size = _kept_of_all(plan, [(names.get(id(p)), p) for p in parameters]), sum(p.numel() for p in parameters)
         for state in optimizer.state.values():
             for key, value in state.items():
                 for number, tensor in enumerate(value if isinstance(value, list) else [value]):
-                    if isinstance(tensor, torch.Tensor) and tensor.numel() == sum(sizes):
-                        flat.append((tensor, stretches := []))
-                        title = f"{what}: {key}[{number}] of step {state['n_iter']}"
-                        for p, stretch in zip(parameters, tensor.detach().split(sizes), strict=True):
-                            name = names.get(id(p), "")
-                            stretches.append(_Job(f"{title}, {name}", name, stretch.view(p.shape), cuts.get(name, {})))
-        return jobs, flat
+                    if isinstance(tensor, torch.Tensor) and tensor.shape == (size,):
+                        jobs.append(_job(f"{what}: {key}[{number}] of step {state['n_iter']}", None, tensor, {0: kept}))
+        return jobs
     for p in parameters:
         name = names.get(id(p))
         for key, value in optimizer.state.get(p, {}).items() if name in cuts else ():
@@ -371,19 +348,20 @@ def _optimizer_jobs(plan, optimizer, names, what):
                 mine = {d: indices for d, indices in cuts[name].items() if value.shape[d] == p.shape[d]}
                 if fits and mine:
                     jobs.append(_job(f"{what}: {key} of {name}", name, value, mine))
-    return jobs, flat
+    return jobs
 
 
-def _compact_flat(tensor, stretches, chunk=1 << 17):
-    """LBFGS keeps all parameters end to end in one vector: close the gaps between what stays of each stretch, (job, elements)."""
-    source = target = 0
-    for job, kept in stretches:
-        for start in range(0, kept, chunk):
-            stop = min(start + chunk, kept)
-            tensor.data[target + start : target + stop] = tensor.data[source + start : source + stop].clone()
-        source += job.tensor.numel()
-        target += kept
-    tensor.data = tensor.data[:target]
+def _kept_of_all(plan, parameters) -> torch.Tensor:
+    """What stays of a vector of all parameters, (name, parameter), end to end."""
+    kept, start = [], 0
+    for name, p in parameters:
+        shape = plan.shapes.get(name, p.shape)
+        stretch = torch.arange(math.prod(shape)).view(shape)
+        for d, indices in plan.cuts.get(name, {}).items():
+            stretch = stretch.index_select(d, indices.cpu())
+        kept.append(start + stretch.flatten())
+        start += math.prod(shape)
+    return torch.cat(kept)
 
 
 @contextlib.contextmanager

@@ -109,19 +109,21 @@ def compact_(x: Tensor, keep: dict[int, Tensor]) -> Tensor:
     dense or an index vector is not sorted or out of range.
     """
     _ops.compact_.default(x, list(keep), list(keep.values()))
-    return _front(x, keep)
+    return front(x, keep)
 
 
-def compact_many_(x: list[Tensor], keep: dict[int, Tensor]) -> list[Tensor]:
-    """`compact_` for tensors of one device, shape, strides and element size, such as a weight, its gradient and its
-    momenta: on the GPU, one launch for up to eight of them. Raises RuntimeError, before anything is moved, where they differ.
+def compact_many_(x: list[Tensor], keep: list[dict[int, Tensor]]) -> None:
+    """`compact_` of each x[i] with keep[i], all or nothing: every tensor is checked before anything is moved. What stays of
+    each is its `front`. On the GPU one launch moves up to eight neighbours that are alike and share their index vectors, such
+    as a weight, its gradient and its momenta. All tensors are on one device. Raises as `compact_` does.
     """
-    _ops.compact_many_.default(x, list(keep), list(keep.values()))
-    return [_front(tensor, keep) for tensor in x]
+    dims, vectors = [d for cut in keep for d in cut], [index for cut in keep for index in cut.values()]
+    if x:  # of nothing torch does not know the device
+        _ops.compact_many_.default(x, [len(cut) for cut in keep], dims, vectors)
 
 
-def _front(x: Tensor, keep: dict[int, Tensor]) -> Tensor:
-    """The part of x's memory that holds what was kept, in the shape that it has."""
+def front(x: Tensor, keep: dict[int, Tensor]) -> Tensor:
+    """The part of x's memory in which `compact_` puts what is kept, in the shape that it has."""
     shape = list(x.shape)
     for dim, index in keep.items():
         shape[dim] = index.shape[0]
@@ -178,8 +180,12 @@ def _(total, t, reduction, scale):
 
 
 @torch.library.register_fake("taylored::compact_")
-@torch.library.register_fake("taylored::compact_many_")
 def _(x, dims, keep):
+    return None
+
+
+@torch.library.register_fake("taylored::compact_many_")
+def _(x, counts, dims, keep):
     return None
 
 
