@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from taylored.rules import FOREIGN, RULES, SHAPES, SKIMMED, opaque, padded, pointwise, slot_at, tensors_of, varying
+from taylored.rules import FOREIGN, RULES, SHAPES, SKIMMED, opaque, padded, pointwise, slot_at, sparing, tensors_of, varying
 
 
 class TraceError(RuntimeError):
@@ -147,10 +147,9 @@ class LabelMode(TorchDispatchMode):
         kwargs = {k: self.to_meta(v) for k, v in kwargs.items()}
         if self.values == "none" and "device" in kwargs and kwargs["device"] is not None:
             kwargs["device"] = torch.device("meta")
-        packet = func.overloadpacket
-        instead = SHORTCUTS[self.values].get(packet) if not kwargs else None
-        function = instead or func
-        out = function(*args, **kwargs)
+        packet, shortcuts = func.overloadpacket, SHORTCUTS[self.values]
+        instead = shortcuts.get(packet, shortcuts.get(func._schema.name)) if not kwargs else None
+        out = sparing(func, args, kwargs) if instead is None and self.values == "some" else (instead or func)(*args, **kwargs)
         self.dynamic |= torch.Tag.dynamic_output_shape in func.tags
         dimensions = self.carry(func, args, kwargs, out) if self.labelled else None
         if packet in flop_registry:

@@ -11,6 +11,7 @@ import itertools
 import math
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 aten = torch.ops.aten
 VIEWS = (aten.view, aten._unsafe_view, aten.reshape)
@@ -117,6 +118,12 @@ def cut(func, x, out, dim) -> bool:
     return axis.get(func.overloadpacket) == dim
 
 
+def _moved(move, label, shape, args, kwargs, out):
+    if move is aten.reshape and label.ndim and label.shape[0] == 1 and shape[:1] == out.shape[:1]:  # once for all examples
+        return label.expand(1, *shape[1:]).reshape(1, *out.shape[1:])
+    return move(label.expand(shape), *args, **kwargs)
+
+
 def movement(mode, func, args, kwargs, out):
     """Every element goes to a new place: the same op on the labels says where.
 
@@ -127,7 +134,7 @@ def movement(mode, func, args, kwargs, out):
     move = aten.reshape if func.overloadpacket in VIEWS else func
     labels = []
     for label in mode.get(x):
-        moved = compress(move(label.expand(x.shape), *args[1:], **kwargs))
+        moved = compress(_moved(move, label, x.shape, args[1:], kwargs, out))
         axes = varying(moved)
         if any(cut(func, x, out, d) for d in varying(label)) and repeats(label) and repeats(moved):
             mode.freeze(label, f"{func.overloadpacket} in {mode.where()!r} cuts up channels that each hold several places")
@@ -326,17 +333,57 @@ def grid_sampler_shape(x, grid, *options):
 
 
 def skimmed(func):
-    """In the place of a convolution or matrix product: its bias, at every position. Enough for a forward pass that looks at its
-    data to go on, such as a detector's, and a hundredth of the time."""
+    """In the place of a convolution or matrix product: its bias, at every position (kept once). Enough for a forward pass that
+    looks at its data to go on, such as a detector's, and a hundredth of the time."""
 
     def run(*args):
         meta = (torch.empty_like(a, device="meta") if isinstance(a, torch.Tensor) else a for a in args)
-        out = args[1].new_zeros(func(*meta).shape)
+        shape = func(*meta).shape
         if func is aten.convolution:
-            return out if args[2] is None else out.add_(args[2].reshape(-1, *[1] * (out.ndim - 2)))
-        return out.add_(args[0]) if func in (aten.addmm, aten.baddbmm) else out
+            bias = None if args[2] is None else args[2].reshape(-1, *[1] * (len(shape) - 2))
+        else:
+            bias = args[0] if func in (aten.addmm, aten.baddbmm) else None
+        return (args[1].new_zeros([1] * len(shape)) if bias is None else bias.clone()).expand(shape)
 
     return run
+
+
+def sparing(func, args, kwargs):
+    """func(*args, **kwargs), where some tensors are one value all along a dimension, as `skimmed` makes them: arithmetic is done
+    once for all of it; what is written to otherwise gets memory of its own."""
+    tensors = list(tensors_of(args, kwargs))
+    if not any(0 in t.stride() for t in tensors):
+        return func(*args, **kwargs)
+    in_place = func._schema.is_mutable and args and isinstance(args[0], torch.Tensor)
+    if torch.Tag.pointwise in func.tags and not {"out", "memory_format"} & kwargs.keys():
+        small = [_once(a) if isinstance(a, torch.Tensor) else a for a in args]
+        few = {key: _once(a) if isinstance(a, torch.Tensor) else a for key, a in kwargs.items()}
+        shapes = [[t.shape for t in tensors_of(*arguments)] for arguments in ((args, kwargs), (small, few))]
+        whole, part = (torch.broadcast_shapes(*found) for found in shapes)
+        if not in_place:
+            return tree_map_only(torch.Tensor, lambda out: out.expand(whole), func(*small, **few))
+        if part == small[0].shape:
+            func(*small, **few)
+            return args[0]
+    if in_place and 0 in args[0].stride():
+        args[0].set_(args[0].contiguous())
+    return func(*args, **kwargs)
+
+
+def regions(x, boxes, scale, height, width, *options):
+    """torchvision's roi_align. Of maps that are one value everywhere: that value."""
+    values = _once(x)
+    if values.shape[2:] != (1, 1):
+        return torch.ops.torchvision.roi_align(x, boxes, scale, height, width, *options)
+    return values[boxes[:, 0].long()].expand(-1, -1, height, width)
+
+
+def _once(x) -> torch.Tensor:
+    """Narrow every dimension along which x is one value in memory."""
+    for d, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            x = x.narrow(d, 0, 1)
+    return x
 
 
 def batch_norm(mode, func, args, kwargs, out):
@@ -460,7 +507,11 @@ SHAPES = {
     **_rules(batch_norm_shapes, "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
     **_rules(grid_sampler_shape, "grid_sampler_2d", "grid_sampler_3d"),
 }
-SKIMMED = {packet: skimmed(packet) for packet in (aten.convolution, aten.mm, aten.addmm, aten.bmm, aten.baddbmm)}
+SKIMMED = {
+    **{packet: skimmed(packet) for packet in (aten.convolution, aten.mm, aten.addmm, aten.bmm, aten.baddbmm)},
+    **_rules(aten.reshape, "view"),  # what is kept once has no memory to be viewed
+    "torchvision::roi_align": regions,
+}
 RULES = {
     **_rules(pointwise, "hardswish_", "hardswish", "copy_", "prelu", "_prelu_kernel", "rrelu_with_noise", "glu_jvp", "where"),
     **_rules(same, "clone", "detach", "alias", "lift_fresh", "_to_copy", "contiguous", "native_dropout", "empty_like"),

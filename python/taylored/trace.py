@@ -576,7 +576,7 @@ def _blank(mode, model, name, tensor, shape) -> torch.Tensor | None:
     if mode.values == "none":
         return torch.empty(shape, dtype=tensor.dtype, device="meta")
     unseen = mode.values == "some" and tensor.ndim > 1 and isinstance(model.get_submodule(name.rpartition(".")[0]), CONSUMERS)
-    return tensor.new_zeros(shape) if unseen else None
+    return tensor.new_zeros([1] * len(shape)).expand(shape) if unseen else None
 
 
 def _label(tracer, stand_ins) -> tuple[dict[tuple[str, int], int], int]:
