@@ -6,8 +6,6 @@ import pickle
 import models as nets
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,7 +14,6 @@ from torchvision import models
 from torchvision.ops import roi_align
 
 from taylored import TraceError, compact, masked, random_plan, trace
-from taylored.rules import sparing
 
 LIBRARY = torch.library.Library("taylored_tests", "FRAGMENT")
 LIBRARY.define("opaque(Tensor x) -> Tensor")
@@ -560,53 +557,6 @@ def test_channels_cut_in_two_stay_whole_under_sums_and_softmax(stacked):
     graph = check(SplitAttention(stacked), nets.inputs())
     maps = ("maps.0", "maps.1") if stacked else ("maps",)
     assert [(group.units, group.layers) for group in graph.groups] == [(8, (*maps, "excite")), (6, ("squeeze",))]
-
-
-def kept_once(data, shape):
-    """A tensor of that shape which is one value all along some of its dimensions, in memory too."""
-    small = [1 if data.draw(st.booleans()) else size for size in shape]
-    return torch.randn(small).expand(shape)
-
-
-IN_PLACE = {
-    "relu_": lambda x, y: x.relu_(), "hardswish_": lambda x, y: F.hardswish(x, inplace=True), "add_": lambda x, y: x.add_(y),
-    "mul_": lambda x, y: x.mul_(y), "copy_": lambda x, y: x.copy_(y), "zero_": lambda x, y: x.zero_(),
-    "masked_fill_": lambda x, y: x.masked_fill_(y > 0, 3.0), "index_put_": lambda x, y: x.index_put_((torch.tensor([0]),), y[:1]),
-    "addcmul_": lambda x, y: x.addcmul_(y, y, value=0.5), "rows": lambda x, y: x[:1].add_(1),
-}  # fmt: skip
-ARITHMETIC = {
-    "relu": lambda x, y: x.relu(), "add": lambda x, y: x.add(y, alpha=2), "where": lambda x, y: torch.where(y > 0, x, y),
-    "clamp": lambda x, y: x.clamp(min=y), "pow": lambda x, y: x.pow(2), "less": lambda x, y: x < y, "scalar": lambda x, y: 2 - x,
-    "clone": lambda x, y: x.clone(), "contiguous": lambda x, y: x.contiguous().view(-1), "reshape": lambda x, y: x.reshape(-1),
-    "cat": lambda x, y: torch.cat([x, y]), "mean": lambda x, y: x.mean(0), "scaled": lambda x, y: x * y[:1],
-}  # fmt: skip
-
-
-class Sparing(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return sparing(func, args, kwargs or {})
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.sampled_from([*IN_PLACE, *ARITHMETIC]), st.data())
-def test_what_is_one_value_is_computed_once_and_the_same(shape, name, data):
-    x, y = kept_once(data, shape), kept_once(data, shape)
-    dense = x.clone(memory_format=torch.contiguous_format)
-    function = (IN_PLACE | ARITHMETIC)[name]
-    with Sparing():
-        found = function(x, y)
-    expected = function(dense, y)
-    assert found.shape == expected.shape and found.dtype == expected.dtype and torch.equal(found, expected)
-    if name != "rows":  # a view that is written to otherwise than once has memory of its own
-        assert torch.equal(x, dense) and (found is x) == (name in IN_PLACE)
-
-
-def test_arithmetic_on_what_is_one_value_takes_no_memory_of_its_size():
-    x = torch.randn(1, 8, 1, 1).expand(1000, 8, 1000, 1000)  # 32 GB
-    with Sparing():
-        y = (F.relu(x, inplace=True) * torch.randn(8, 1, 1) + 1).sigmoid()
-    assert y.shape == x.shape and y.untyped_storage().nbytes() == 32
-    assert torch.equal(y[0, :, 0, 0], y[-1, :, -1, -1]) and bool((x[0] >= 0)[:, 0, 0].all())
 
 
 class Regions(nn.Module):

@@ -6,6 +6,7 @@ func has made out of args, and sets the labels of out. Data movement moves label
 arithmetic unites those that meet. `trace_rule` teaches rules for operators of one's own.
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -26,10 +27,19 @@ def varying(label: torch.Tensor) -> tuple[int, ...]:
 
 def compress(label: torch.Tensor) -> torch.Tensor:
     """Narrow every dimension along which the labels do not change to size 1."""
-    for i, (size, stride) in enumerate(zip(label.shape, label.stride(), strict=True)):
-        if size > 1 and (stride == 0 or bool((label == label.narrow(i, 0, 1)).all())):
+    label = once(label)
+    for i, size in enumerate(label.shape):
+        if size > 1 and bool((label == label.narrow(i, 0, 1)).all()):
             label = label.narrow(i, 0, 1)
     return label
+
+
+def once(x) -> torch.Tensor:
+    """Narrow every dimension along which x is one value in memory."""
+    for d, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            x = x.narrow(d, 0, 1)
+    return x
 
 
 def tensors_of(args, kwargs):
@@ -119,8 +129,13 @@ def cut(func, x, out, dim) -> bool:
 
 
 def _moved(move, label, shape, args, kwargs, out):
-    if move is aten.reshape and label.ndim and label.shape[0] == 1 and shape[:1] == out.shape[:1]:  # once for all examples
-        return label.expand(1, *shape[1:]).reshape(1, *out.shape[1:])
+    """A label where `move` has put it, as small as may be: what stays in the first and last dimensions is moved once for all."""
+    before, after = list(shape), list(out.shape)
+    if move is aten.reshape:
+        for ends in (range(min(len(before), len(after))), range(-1, -min(len(before), len(after)) - 1, -1)):
+            for d in itertools.takewhile(lambda d: before[d] == after[d] and label.shape[d] == 1, ends):
+                before[d] = after[d] = 1
+        return label.expand(before).reshape(after)
     return move(label.expand(shape), *args, **kwargs)
 
 
@@ -322,14 +337,94 @@ def softmax(mode, func, args, kwargs, out):
 # What two operators return, in shape: on the meta device torch computes them step by step, at half the time of a trace.
 
 
-def batch_norm_shapes(x, *others):
+# --------------------------------------------------------------------------------------------------------------------
+# Shapes. torch's own kernels for the meta device are written in Python and take up to 2 ms a call; here is what models consist
+# of, in the usual case. In any other, or where shapes do not fit, theirs are called, for the result or the error.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def usual(*tensors) -> bool:
+    """Whether what comes out is contiguous and of their type too: all lie in memory in the order of their dimensions."""
+    first, *others = (t for t in tensors if t is not None)
+    return first.dtype.is_floating_point and all(t.dtype == first.dtype and _in_order(t) for t in (first, *others))
+
+
+def _in_order(t) -> bool:
+    if t.is_contiguous():
+        return True
+    strides = [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1]
+    return all(a > b for a, b in itertools.pairwise([*strides, 0]))
+
+
+def blank(like, shape) -> torch.Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device)  # new_empty and empty_like are written in Python, too
+
+
+def arithmetic_shape(func, x, *others):
+    tensors = list(tensors_of((x, *others), {}))
+    if x is tensors[0] and usual(*tensors) and all(isinstance(y, (torch.Tensor, int, float)) for y in others):
+        with contextlib.suppress(RuntimeError):
+            shapes = [t.shape for t in tensors]
+            return blank(x, x.shape if shapes.count(x.shape) == len(shapes) else torch.broadcast_shapes(*shapes))
+    return func(x, *others)
+
+
+def mean_shape(func, x, dims=None, keepdim=False, **options):
+    gone = {d % x.ndim for d in dims or () if -x.ndim <= d < x.ndim}
+    if gone and len(gone) == len(dims) and usual(x) and not options:
+        return blank(x, [1 if d in gone else size for d, size in enumerate(x.shape) if keepdim or d not in gone])
+    return func(x, dims, keepdim, **options)
+
+
+def cat_shape(func, tensors, dim=0):
+    first = tensors[0]
+    if usual(*tensors) and -first.ndim <= dim < first.ndim and all(t.ndim == first.ndim for t in tensors):
+        dim %= first.ndim
+        shapes = [[*t.shape[:dim], 0, *t.shape[dim + 1 :]] for t in tensors]
+        if all(shape == shapes[0] for shape in shapes):
+            shapes[0][dim] = sum(t.shape[dim] for t in tensors)
+            return blank(first, shapes[0])
+    return func(tensors, dim)
+
+
+def convolution_shape(func, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
+    count, inputs, *kernel = weight.shape
+    fits = x.shape[1] == inputs * groups and count % groups == 0 and (bias is None or bias.shape == (count,))
+    if not transposed and fits and x.ndim == weight.ndim == len(stride) + 2 == len(padding) + 2 == len(dilation) + 2:
+        sizes = zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
+        places = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes]
+        if min(places) > 0 and usual(x, weight, bias):
+            return blank(x, (x.shape[0], count, *places))
+    return func(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
+
+
+def addmm_shape(func, bias, a, b):
+    if a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0] and bias.shape == b.shape[1:] and usual(bias, a, b.t()):
+        return blank(a, (a.shape[0], b.shape[1]))
+    return func(bias, a, b)
+
+
+def layer_norm_shapes(func, x, shape, weight, bias, eps):
+    fits = tuple(x.shape[-len(shape) :]) == tuple(shape) and all(t is None or t.shape == tuple(shape) for t in (weight, bias))
+    if fits and usual(x, weight, bias):
+        rest = (*x.shape[: -len(shape)], *[1] * len(shape))
+        return blank(x, x.shape), blank(x, rest), blank(x, rest)
+    return func(x, shape, weight, bias, eps)
+
+
+def batch_norm_shapes(func, x, *others):
     if any(isinstance(t, torch.Tensor) and t.shape != x.shape[1:2] for t in others):
         raise RuntimeError(f"batch norm: {x.shape[1]} channels meet {[tuple(t.shape) for t in tensors_of(others, {})]}")
-    return (torch.empty_like(x), *(x.new_empty(x.shape[1]) for _ in range(2)))
+    return (blank(x, x.shape) if x.is_contiguous() else torch.empty_like(x), *(blank(x, x.shape[1]) for _ in range(2)))
 
 
-def grid_sampler_shape(x, grid, *options):
-    return x.new_empty((*x.shape[:2], *grid.shape[1:-1]))
+def grid_sampler_shape(func, x, grid, *options):
+    return blank(x, (*x.shape[:2], *grid.shape[1:-1]))
+
+
+def _shapes(function, *names):
+    packets = [getattr(aten, name) for name in names if hasattr(aten, name)]
+    return {packet: functools.partial(function, packet) for packet in packets}
 
 
 def skimmed(func):
@@ -356,8 +451,8 @@ def sparing(func, args, kwargs):
         return func(*args, **kwargs)
     in_place = func._schema.is_mutable and args and isinstance(args[0], torch.Tensor)
     if torch.Tag.pointwise in func.tags and not {"out", "memory_format"} & kwargs.keys():
-        small = [_once(a) if isinstance(a, torch.Tensor) else a for a in args]
-        few = {key: _once(a) if isinstance(a, torch.Tensor) else a for key, a in kwargs.items()}
+        small = [once(a) if isinstance(a, torch.Tensor) else a for a in args]
+        few = {key: once(a) if isinstance(a, torch.Tensor) else a for key, a in kwargs.items()}
         shapes = [[t.shape for t in tensors_of(*arguments)] for arguments in ((args, kwargs), (small, few))]
         whole, part = (torch.broadcast_shapes(*found) for found in shapes)
         if not in_place:
@@ -372,18 +467,10 @@ def sparing(func, args, kwargs):
 
 def regions(x, boxes, scale, height, width, *options):
     """torchvision's roi_align. Of maps that are one value everywhere: that value."""
-    values = _once(x)
+    values = once(x)
     if values.shape[2:] != (1, 1):
         return torch.ops.torchvision.roi_align(x, boxes, scale, height, width, *options)
     return values[boxes[:, 0].long()].expand(-1, -1, height, width)
-
-
-def _once(x) -> torch.Tensor:
-    """Narrow every dimension along which x is one value in memory."""
-    for d, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
-        if size > 1 and stride == 0:
-            x = x.narrow(d, 0, 1)
-    return x
 
 
 def batch_norm(mode, func, args, kwargs, out):
@@ -504,8 +591,15 @@ def _rules(function, *names):
 
 
 SHAPES = {
-    **_rules(batch_norm_shapes, "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
-    **_rules(grid_sampler_shape, "grid_sampler_2d", "grid_sampler_3d"),
+    **_shapes(arithmetic_shape, "add", "sub", "mul", "div", "rsub", "sigmoid", "silu", "gelu", "tanh", "relu"),
+    **_shapes(mean_shape, "mean"),
+    **_shapes(cat_shape, "cat"),
+    **_shapes(convolution_shape, "convolution"),
+    **_shapes(addmm_shape, "addmm"),
+    **_shapes(layer_norm_shapes, "native_layer_norm"),
+    **_shapes(batch_norm_shapes, "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
+    **_shapes(grid_sampler_shape, "grid_sampler_2d", "grid_sampler_3d"),
+    aten.silu_: lambda x: x,
 }
 SKIMMED = {
     **{packet: skimmed(packet) for packet in (aten.convolution, aten.mm, aten.addmm, aten.bmm, aten.baddbmm)},

@@ -655,7 +655,7 @@ def in_mode(model: nn.Module, training: bool):
     """The model in training or eval mode; afterwards every module is in the mode it came in."""
     flags = {module: module.training for module in model.modules()}
     try:
-        yield model.train(training)
+        yield model if set(flags.values()) == {training} else model.train(training)
     finally:
         for module, flag in flags.items():
             module.training = flag
@@ -965,15 +965,17 @@ def _pairs(tracer, noted) -> np.ndarray:
     """Noted pairs of labels, [2, n], without those of slots that no unit owns; what such a slot has met is frozen."""
     if not noted:
         return np.zeros((2, 0), dtype=np.int64)
-    a, b = (torch.cat(side).numpy() for side in zip(*noted, strict=True))
-    half = (a == FIXED) != (b == FIXED)
-    tracer.freeze(torch.from_numpy(np.maximum(a, b)[half]), "meets a padded channel")
-    return np.stack([a, b])[:, (a != FIXED) & (b != FIXED)]
+    pairs = torch.stack([torch.cat(side) for side in zip(*noted, strict=True)]).numpy()
+    a, b = unowned = pairs == FIXED
+    if not unowned.any():
+        return pairs
+    tracer.freeze(torch.from_numpy(pairs.max(axis=0)[a != b]), "meets a padded channel")
+    return pairs[:, ~(a | b)]
 
 
 def _connect(total, *pairs) -> np.ndarray:
     """For every label the least one that it is connected with, [total + 1], so that label FIXED, the last one, gives FIXED."""
-    a, b = np.concatenate(pairs, axis=1)
+    a, b = np.concatenate(pairs, axis=1, dtype=np.int32, casting="same_kind")  # what scipy would make of them
     count, found = connected_components(coo_array((np.ones(len(a), dtype=bool), (a, b)), shape=(total, total)), directed=False)
     least = np.empty(count, dtype=np.int64)
     least[found[::-1]] = np.arange(total)[::-1]  # of several the last one written stays
@@ -1076,27 +1078,36 @@ def _group(units, components, layers, total, bundled) -> tuple[tuple[Group, ...]
     dimensions = {**components, **{(name, "in"): layer.inputs for name, layer in layers.items() if layer.inputs is not None}}
     index = np.full(total + 1, -1)
     index[units] = np.arange(len(units))
+    alike: dict[bytes, list] = {}  # a convolution's filters and its batch norm's four vectors hold the same
+    for key, dimension in dimensions.items():
+        alike.setdefault(dimension.tobytes(), []).append(key)
+    holds = [(keys, index[dimensions[keys[0]]]) for keys in alike.values()]
     # A unit's signature is a hash of its (dimension, number of slots): a sum, so that no unit is looked at by itself.
-    weights = np.random.default_rng(0).integers(1, 2**63, size=len(dimensions), dtype=np.uint64)
-    signature = np.zeros(len(units), dtype=np.uint64)
-    for weight, dimension in zip(weights, dimensions.values(), strict=True):
-        found, count = np.unique(index[dimension], return_counts=True)
-        inside = found >= 0
-        signature[found[inside]] += weight * count[inside].astype(np.uint64) ** 3
+    random, signature = np.random.default_rng(0), np.zeros(len(units), dtype=np.uint64)
+    for keys, held in holds:
+        inside, count = np.unique(held[held >= 0], return_counts=True)
+        weight = random.integers(1, 2**63, size=len(keys), dtype=np.uint64).sum(dtype=np.uint64)
+        signature[inside] += weight * count.astype(np.uint64) ** 3
     _, first, group_of = np.unique(signature, return_index=True, return_inverse=True)
     sizes = np.bincount(group_of, minlength=len(first))
-    rank = np.zeros(len(units), dtype=np.int64)
-    for g in range(len(first)):
-        rank[group_of == g] = np.arange(sizes[g])
-    slots: list[dict] = [{} for _ in first]
-    for key, dimension in dimensions.items():
-        position = np.flatnonzero(index[dimension] >= 0)
-        unit = index[dimension[position]]
+    rank = np.empty(len(units), dtype=np.int64)
+    rank[np.argsort(group_of, kind="stable")] = np.arange(len(units)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    found: dict[str, dict[int, torch.Tensor]] = {}  # dimension -> group -> slots
+    for keys, held in holds:
+        position = np.flatnonzero(held >= 0)
+        unit = held[position]
         position = position[np.lexsort((rank[unit], group_of[unit]))]
         counts = np.bincount(group_of[unit], minlength=len(first))
         ends = np.cumsum(counts)
-        for g in np.flatnonzero(counts):
-            slots[g][key] = torch.from_numpy(position[ends[g] - counts[g] : ends[g]].reshape(sizes[g], -1))
+        mine = {
+            g: torch.from_numpy(position[ends[g] - counts[g] : ends[g]].reshape(sizes[g], -1)) for g in np.flatnonzero(counts)
+        }
+        for key in keys:
+            found[key] = mine
+    slots: list[dict] = [{} for _ in first]
+    for key in dimensions:
+        for g, mine in found[key].items():
+            slots[g][key] = mine
     producers: list[list[str]] = [[] for _ in first]
     for name, layer in layers.items():
         unit = index[layer.filters]
