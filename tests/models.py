@@ -109,7 +109,23 @@ class Dealt(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-NETS = {net.__name__.lower(): net for net in (Chain, Residual, Concatenation, Depthwise, Flatten, Twice, Dealt)}
+class Aliases(nn.Module):
+    """One module under several names, and one parameter in several modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Conv2d(3, 24, 3, padding=1), nn.Linear(24, 5)
+        self.second = self.third = nn.Sequential(nn.Conv2d(24, 24, 3, padding=1), nn.BatchNorm2d(24), nn.Tanh())
+        self.last, self.other = nn.Conv2d(24, 24, 3, padding=1), self.second[1]
+        self.last.weight = self.second[0].weight
+
+    def forward(self, x):
+        x = self.first(x)
+        x = x + self.third(self.second(x))
+        return self.head(self.other(self.last(x)).mean((2, 3)))
+
+
+NETS = {net.__name__.lower(): net for net in (Chain, Residual, Concatenation, Depthwise, Flatten, Twice, Dealt, Aliases)}
 
 
 def inputs(examples=2, seed=0, dtype=torch.float32):

@@ -181,11 +181,28 @@ def test_the_command_takes_what_a_file_does_not_say(tmp_path, capsys):
     taylored.save(tmp_path / "m.safetensors", model, plan)
     arguments = ["export", "--pruned", str(tmp_path / "m.safetensors"), "--out", str(tmp_path / "m.pt2")]
     assert main(arguments) == 2
-    assert "give --model and --classes" in capsys.readouterr().err
+    assert "give --model" in capsys.readouterr().err
     assert main([*arguments, "--model", "small_vgg", "--classes", "3", "--image-size", "16", "--batch", "4"]) == 0
     assert "images 4x3x16x16" in capsys.readouterr().out
     assert main([*arguments, "--model", "resnet18", "--classes", "3"]) == 2
     assert "does not fit the model" in capsys.readouterr().err
+
+
+def test_the_command_takes_a_function_as_it_is(tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from torch import nn\n\ndef maps():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 1))\n"
+    )
+    model = zoo.build(f"{file}:maps", "none", None).model
+    plan = random_plan(trace(model, torch.zeros(1, 3, 16, 16)), 0.5)
+    compact(model, plan)
+    taylored.save(tmp_path / "m.safetensors", model, plan)
+    arguments = ["export", "--pruned", str(tmp_path / "m.safetensors"), "--out", str(tmp_path / "m.pt2")]
+    assert main([*arguments, "--model", f"{file}:maps"]) == 0
+    assert "images anyx3x224x224" in capsys.readouterr().out
+    x = torch.rand(2, 3, 224, 224)
+    close(run(tmp_path / "m.pt2", x), model.eval()(x))
 
 
 @pytest.mark.parametrize(

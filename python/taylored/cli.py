@@ -191,8 +191,12 @@ def _export_options(p) -> None:
     p.add_argument("--pruned", required=True, metavar="FILE", help="what `taylored prune` or `taylored.save` wrote")
     p.add_argument("--out", required=True, metavar="FILE", help=f"the file to write, ending in one of {', '.join(FORMATS)}")
     p.add_argument("--model", metavar="NAME", help="as for prune (default: the one that the file names)")
-    p.add_argument("--classes", type=POSITIVE, metavar="N", help="that the model tells apart (default: as in the file)")
-    p.add_argument("--image-size", type=POSITIVE, metavar="N", help="side of the square the model sees (default: as in the file)")
+    p.add_argument(
+        "--classes", type=POSITIVE, metavar="N", help="that the model tells apart (default: as in the file, or its own)"
+    )
+    p.add_argument(
+        "--image-size", type=POSITIVE, metavar="N", help="side of the images (default: as in the file, or the model's)"
+    )
     p.add_argument("--batch", type=POSITIVE, metavar="N", help="images per batch, fixed (default: any number)")
 
 
@@ -316,9 +320,9 @@ def export_file(options: argparse.Namespace) -> None:
     extra = read(options.pruned)[2]["extra"]
     settings = extra.get("summary", extra).get("settings", {})
     name = options.model or settings.get("model")
-    classes = options.classes or len(settings.get("classes", ()))
-    if not name or not classes:
-        raise CheckpointError(f"{options.pruned} does not say what model it was pruned from: give --model and --classes")
+    classes = options.classes or len(settings.get("classes", ())) or None
+    if not name:
+        raise CheckpointError(f"{options.pruned} does not say what model it was pruned from: give --model")
     size, channels = options.image_size or settings.get("image_size"), settings.get("channels", 3)
     network = zoo.build(name, "none", classes, channels=channels, image_size=size)
     load(options.pruned, network.model)

@@ -16,7 +16,7 @@ from torch import nn
 from taylored.files import digest
 from taylored.labels import TraceError
 from taylored.rules import FIXED
-from taylored.trace import ChannelGraph, Rehearsal, check_fit, complement, named_tensors, unwrapped
+from taylored.trace import ChannelGraph, Rehearsal, check_fit, complement, holders, named_tensors, unwrapped
 
 NORMS = {
     "none": lambda s: torch.ones((), dtype=s.dtype),
@@ -202,7 +202,8 @@ def rehearse(model: nn.Module, plan: PrunePlan) -> None:
 
 
 def diff(model: nn.Module, plan: PrunePlan) -> str:
-    """A table: the shape of every module's weight before and after the plan, and the parameters of both.
+    """A table: the shape of every module's weight before and after the plan, and the parameters of both, shared ones at each
+    module that has them.
 
     model: as it was before the plan or as the plan leaves it. Raises PlanError if it is neither."""
     model = unwrapped(model)
@@ -213,11 +214,12 @@ def diff(model: nn.Module, plan: PrunePlan) -> str:
         name = next(n for n in plan.shapes if there.get(n) != after[n])
         sizes = f"{there.get(name)}, not {before[name]} or {after[name]}"
         raise PlanError(f"the plan does not fit model, neither before nor after: {name!r} has shape {sizes}")
-    rows, totals = [], [0, 0]
+    rows, name_at, parameters = [], holders(model), [name for name, _ in model.named_parameters()]
+    totals = [sum(math.prod(shapes[name]) for name in parameters) for shapes in (before, after)]
     for prefix, module in model.named_modules():
-        names = [name for name in (f"{prefix}.{local}".lstrip(".") for local in module._parameters) if name in there]
+        here = (f"{prefix}.{local}".lstrip(".") for local in module._parameters)
+        names = [name_at[place] for place in here if place in name_at]
         counts = [sum(math.prod(shapes[name]) for name in names) for shapes in (before, after)]
-        totals = [total + count for total, count in zip(totals, counts)]
         if any(name in plan.shapes for name in names):
             largest = max(names, key=lambda name: math.prod(before[name]))
             weights = ("x".join(map(str, shapes[largest])) for shapes in (before, after))

@@ -81,7 +81,8 @@ class Replay:
     dtype = tail_dtype = torch.float32
 
     def __init__(self, model, graph: ChannelGraph, example_inputs):
-        self.graph = graph
+        self.graph, first = graph, {module: name for name, module in model.named_modules()}
+        self.names = {alias: first[module] for alias, module in model.named_modules(remove_duplicate=False)}
         program = _export(model, example_inputs)
         self.output_spec = program.call_spec.out_spec
         signature = program.graph_signature
@@ -164,10 +165,10 @@ class Replay:
 
     def _calls(self, name):
         """The nodes that apply a layer: none if evaluation does not run it (an auxiliary head)."""
-        inside = [n for n in self.nodes if _module_of(n) == name]
+        inside = [n for n in self.nodes if self.names.get(_module_of(n)) == name]
         calls = [n for n in inside if n.target in LAYERS + OTHER_LAYERS]
-        if inside and not calls:
-            raise NotReplayable(f"{name!r} was exported as {', '.join(str(n.target) for n in inside)}, not as one layer")
+        if inside and len(calls) != self.graph.layers[name].calls:
+            raise NotReplayable(f"{name!r} was exported as {', '.join(str(n.target) for n in inside)}, not as one layer a call")
         return calls
 
     def _corrects(self, node, changed) -> bool:

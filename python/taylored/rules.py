@@ -334,9 +334,6 @@ def softmax(mode, func, args, kwargs, out):
     mode.set(out, mode.whole(args[0], f"softmax over the channels in {mode.where()!r}", (dim,)))
 
 
-# What two operators return, in shape: on the meta device torch computes them step by step, at half the time of a trace.
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Shapes. torch's own kernels for the meta device are written in Python and take up to 2 ms a call; here is what models consist
 # of, in the usual case. In any other, or where shapes do not fit, theirs are called, for the result or the error.

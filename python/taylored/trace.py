@@ -522,6 +522,17 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def holders(model: nn.Module) -> dict[str, str]:
+    """Every place that holds a parameter or buffer, module by module -> its name, which is that of the first of them."""
+    names = {id(tensor): name for name, tensor in named_tensors(model).items()}
+    return {
+        f"{prefix}.{local}".lstrip("."): names[id(tensor)]
+        for prefix, module in model.named_modules()
+        for local, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
+
+
 def check_fit(graph: ChannelGraph, model: nn.Module) -> None:
     """Raises ValueError unless the model's tensors are those that the graph is of."""
     there = {name: tuple(t.shape) for name, t in named_tensors(unwrapped(model)).items()}
@@ -694,7 +705,9 @@ def run_pass(model, stand_ins, mode: LabelMode, training: bool, args, kwargs) ->
             args, kwargs = (tree_map_only(torch.Tensor, mode.to_meta, a) for a in (args, kwargs))
         LabelMode.running = True
         with untouched(model), in_mode(model, training), torch.no_grad(), rng, torch.compiler.set_stance("force_eager"), mode:
-            output = torch.func.functional_call(model, stand_ins, args, kwargs)
+            # not tied by torch, which loses the tensors of a module with several names
+            everywhere = {place: stand_ins[name] for place, name in holders(model).items()}
+            output = torch.func.functional_call(model, everywhere, args, kwargs, tie_weights=False)
     except TraceError:
         raise
     except Exception as error:
@@ -764,9 +777,9 @@ def size_attributes(model, before, after) -> list[tuple[str, nn.Module, dict[str
     """What modules say about their own sizes, as it will be, by their names.
 
     before, after: the shapes of the tensors that change."""
-    found = []
+    found, name_at = [], holders(model)
     for prefix, module in model.named_modules():
-        names = (f"{prefix}.{local}" if prefix else local for local in WEIGHTS)
+        names = (name_at.get(f"{prefix}.{local}".lstrip(".")) for local in WEIGHTS)
         name = next((name for name in names if name in before), None)
         if name is None:
             continue

@@ -39,8 +39,9 @@ class Network:
     notes: tuple[str, ...]  # what was done on the way that the user should know
 
 
-def build(name: str, weights: str, num_classes: int, *, channels: int = 3, image_size: int | None = None) -> Network:
-    """The model called `name` with `weights` and an output of `num_classes`.
+def build(name: str, weights: str, num_classes: int | None, *, channels: int = 3, image_size: int | None = None) -> Network:
+    """The model called `name` with `weights` and an output of `num_classes`. None: as it comes, whatever its outputs; for
+    weights 'none' or 'DEFAULT'.
 
     channels: of the images, for a model that lets one choose; image_size: for finding the last layer by a forward pass,
     the model's own by default. Raises ModelError naming the option that cannot be met."""
@@ -48,7 +49,7 @@ def build(name: str, weights: str, num_classes: int, *, channels: int = 3, image
         raise ModelError(f"--weights {weights}: no such file; expected 'none', 'DEFAULT', or a .safetensors, .pth or .pt file")
     pretrained = weights == "DEFAULT"
     if name == "small_vgg":
-        model, config = small_vgg(num_classes, channels), {}
+        model, config = small_vgg(num_classes or 10, channels), {}
     elif ".py:" in name:
         model, config = _from_file(name, num_classes), {}
     elif name.startswith("timm:"):
@@ -59,6 +60,8 @@ def build(name: str, weights: str, num_classes: int, *, channels: int = 3, image
         raise ModelError(f"--weights DEFAULT: {name} has no default weights; expected 'none' or a file")
     channels = _input_channels(name, model)
     image_size = image_size or config.get("image_size", 224)
+    if num_classes is None:
+        return Network(model, None, channels, image_size, config.get("mean"), config.get("std"), ())
     head = find_head(model, torch.zeros(1, channels, image_size, image_size))
     notes = [load_weights(model, head, weights)] if weights not in ("none", "DEFAULT") else []
     _drop_auxiliary(model)
@@ -241,7 +244,7 @@ def _from_file(name, num_classes):
     parameters = inspect.signature(make).parameters.values()
     takes = any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters)
     try:
-        model = make(num_classes=num_classes) if takes else make()
+        model = make(num_classes=num_classes) if takes and num_classes else make()
     except Exception as error:
         raise ModelError(f"--model {name}: {function} raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
