@@ -60,7 +60,7 @@ class Net(nn.Module):
 
     def __init__(self, steps, shape, head):
         super().__init__()
-        self.modules_ = nn.ModuleList(dict.fromkeys(do for do, _ in steps if isinstance(do, nn.Module)))
+        self.modules_ = nn.ModuleList(do for do, _ in steps if isinstance(do, nn.Module))  # one used twice has two names
         self.steps, self.head = steps, head
         if head != "map":
             self.linear = nn.Linear(shape[0] if head == "mean" else shape[0] * shape[1] ** 2, 5)
@@ -115,7 +115,7 @@ class _Draw:
         self.add(layer, [s], (out, (side + stride - 1) // stride))
 
     def shared(self):
-        """A layer of stride 1 once more, on a map that fits it."""
+        """A layer of stride 1 once more, or another one with its weight, on a map that fits it."""
         fits = [
             (layer, out, i)
             for layer, c, out in self.layers
@@ -124,6 +124,9 @@ class _Draw:
         ]
         if fits:
             layer, out, s = self.pick(fits)
+            if self.pick([True, False]):
+                other = nn.Conv2d(layer.in_channels, out, layer.kernel_size, padding=layer.padding)
+                other.weight, layer = layer.weight, other
             self.add(layer, [s], (out, self.shapes[s][1]))
 
     def grouped(self):

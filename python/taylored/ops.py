@@ -228,6 +228,20 @@ def _(token, x, g, key, task):
     return None
 
 
+@torch.library.custom_op("taylored::mark", mutates_args=())
+def mark(x: Tensor, number: int) -> Tensor:
+    """x, with a number that is found again in an exported program."""
+    return x.clone()
+
+
+@mark.register_fake
+def _(x, number):
+    return torch.empty_like(x)
+
+
+MARK = _ops.mark.default
+
+
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, anchor, token, key, task):

@@ -81,9 +81,10 @@ class Replay:
     dtype = tail_dtype = torch.float32
 
     def __init__(self, model, graph: ChannelGraph, example_inputs):
-        self.graph, first = graph, {module: name for name, module in model.named_modules()}
-        self.names = {alias: first[module] for alias, module in model.named_modules(remove_duplicate=False)}
-        program = _export(model, example_inputs)
+        self.graph = graph
+        consumers = list(dict.fromkeys(name for group in graph.groups for name in group.inputs))
+        program = _export(model, consumers, example_inputs)
+        self.calls = _calls(program.graph, consumers)
         self.output_spec = program.call_spec.out_spec
         signature = program.graph_signature
         tensors = {**program.state_dict, **program.constants}
@@ -128,7 +129,7 @@ class Replay:
     # .. what is where
 
     def _tail(self, group) -> Tail:
-        entries = {n: name for name in group.inputs for n in self._calls(name)}
+        entries = {n: self.calls[n] for n in self.nodes if self.calls.get(n) in group.inputs}  # not those without effect
         changed = set(entries)
         for node in self.nodes:
             if any(n in changed for n in node.all_input_nodes):
@@ -162,14 +163,6 @@ class Replay:
         if corrected:  # the rows to correct, and what to subtract
             return size, size, 2 * max(size, CORRECTED)
         return size, 2 * size + sum(self._bytes(n) for n in node.all_input_nodes if n in clean), 0  # their rows are gathered
-
-    def _calls(self, name):
-        """The nodes that apply a layer: none if evaluation does not run it (an auxiliary head)."""
-        inside = [n for n in self.nodes if self.names.get(_module_of(n)) == name]
-        calls = [n for n in inside if n.target in LAYERS + OTHER_LAYERS]
-        if inside and len(calls) != self.graph.layers[name].calls:
-            raise NotReplayable(f"{name!r} was exported as {', '.join(str(n.target) for n in inside)}, not as one layer a call")
-        return calls
 
     def _corrects(self, node, changed) -> bool:
         """Whether a consumer's old output can be corrected: its input is unchanged but for the unit, its weight plain."""
@@ -480,8 +473,14 @@ def _bounds(node) -> tuple[float, float] | None:
     return None
 
 
-def _export(model, example_inputs):
+def _export(model, consumers, example_inputs):
+    """The model as a program in which the input of consumer number i is marked so. (Of which module an operator comes, torch
+    does not say reliably where one has several names.)"""
     args, kwargs = as_arguments(example_inputs)
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, i=i: (ops.mark(args[0], i), *args[1:]))
+        for i, name in enumerate(consumers)
+    ]
     try:
         with torch.inference_mode(False), torch.no_grad():
             args, kwargs = twice(*tree_map_only(torch.Tensor, torch.clone, (args, kwargs)))  # a batch of one looks constant
@@ -494,6 +493,24 @@ def _export(model, example_inputs):
     except Exception as error:  # whatever the model's code runs into
         lines = str(error).strip().splitlines() or [""]
         raise NotReplayable(f"it cannot be exported ({type(error).__name__}: {lines[0]})") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _calls(graph, consumers) -> dict[Node, str]:
+    """The nodes that apply a consumer -> its name; takes the marks out of the graph."""
+    calls = {}
+    for node in list(graph.nodes):
+        if node.target is ops.MARK:
+            name, users = consumers[node.args[1]], list(node.users)
+            if not all(user.target in LAYERS + OTHER_LAYERS and user.args[0] is node for user in users):
+                what = ", ".join(str(user.target) for user in users)
+                raise NotReplayable(f"{name!r} was exported as {what}, not as one layer")
+            calls |= dict.fromkeys(users, name)
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    return calls
 
 
 def _batch_symbol(inputs, nodes):
@@ -545,12 +562,6 @@ def _fold_batch_norms(graph, constants) -> dict[Node, tuple[torch.Tensor, torch.
 def _shape(node) -> tuple:
     value = node.meta.get("val") if isinstance(node, Node) else None
     return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
-
-
-def _module_of(node) -> str:
-    """The name of the module that a node was exported from; "name@1" is its second call."""
-    stack = list((node.meta.get("nn_module_stack") or {"": ("", None)}).values())
-    return stack[-1][0].split("@")[0]
 
 
 def _is_fresh(node) -> bool:

@@ -822,7 +822,7 @@ def resized(model, shapes):
 class Rehearsal(LabelMode):
     """Runs the model as it will be without some units. Every slot has a label of its own, and a component of the trace: only
     slots of one component may meet. (The components themselves would not do for labels: where one unit is left they are all
-    the same.) Where a single channel is left, or labelled is False, shapes and FLOPs alone are found."""
+    the same.) Where a group is left a single unit, or labelled is False, shapes and FLOPs alone are found."""
 
     planned = True
 
@@ -832,7 +832,8 @@ class Rehearsal(LabelMode):
         left = {key: c[self.keep[key].numpy()] if key in self.keep else c for key, c in graph.components.items()}
         self.grouped = {name for name, layer in graph.layers.items() if layer.is_grouped}
         self.components = torch.from_numpy(np.concatenate([*left.values(), [FIXED]]))  # by label; FIXED is the last
-        self.sizes, self.labelled = {key: len(c) for key, c in left.items()}, labelled and all(len(c) > 1 for c in left.values())
+        several = all(graph.group(name).units - len(units) > 1 for name, units in removed.items() if len(units))
+        self.sizes, self.labelled = {key: len(c) for key, c in left.items()}, labelled and several
         self.shapes = {n: tuple(self.sizes.get((n, d), s) for d, s in enumerate(shape)) for n, shape in graph.shapes.items()}
         self.flops = 0
         self.blamed: set[int] = set()  # the components that met at the fault
@@ -915,17 +916,19 @@ def _rigid(model, graph: ChannelGraph, known: bool) -> dict[int, str]:
                 return str(error), mode.blamed
         return None
 
-    # One unit of each group, and what the bundles lose first. Groups of which a single channel would be left are for the
-    # rehearsal of a plan: it could not be labelled.
-    bundled = graph.bundled
-    single = [g for g in graph.groups if g.name not in bundled]
-    parts = [{g.name: 1} for g in single if all((g.units - 1) * s.shape[1] > 1 for s in g.slots.values())]
+    # One unit of each group, and what the bundles lose first. Where a single one is left there is nothing to label it by.
+    bundled, parts, last = graph.bundled, [], []
+    for g in graph.groups:
+        if g.name not in bundled:
+            (parts if g.units > 2 else last).append({g.name: 1})
     if graph.bundles:
         _, narrow = next(graph.narrower())
         parts.append({name: count for name, count in graph.gone(narrow).items() if count})
-    if not parts or (not known and without(parts, labelled=False) is None):
+    if not parts + last or (not known and without(parts + last, labelled=False) is None):
         return {}
-    fault = without(parts, labelled=True)
+    fault = without(parts, labelled=True) if parts else None
+    if fault is None and last:
+        parts, fault = last, without(parts + last, labelled=False)
     if fault is None:
         return {}
     if fault[1]:
