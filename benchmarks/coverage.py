@@ -53,9 +53,9 @@ TIMM = """resnet18 resnet50d seresnet50 skresnet18 ecaresnet26t resnest14d resne
     levit_conv_128s densenet121 dpn48b mnasnet_small semnasnet_075 fbnetc_100 lcnet_050 tinynet_e spnasnet_100 botnet26t_256
     halonet26t lambda_resnet26t visformer_tiny edgenext_xx_small mobilevit_xxs mobilevitv2_050 efficientformer_l1
     efficientformerv2_s0 efficientvit_b0 efficientvit_m0 poolformer_s12 convmixer_768_32 repghostnet_050 repvit_m0_9 starnet_s1
-    hgnet_tiny hgnetv2_b0 focalnet_tiny_srf tiny_vit_5m_224 vgg11_bn sequencer2d_s vit_tiny_patch16_224 deit_tiny_patch16_224
-    swin_tiny_patch4_window7_224 mixer_s32_224 davit_tiny maxvit_tiny_tf_224 nextvit_small fasternet_t0 shvit_s1 swiftformer_xs
-    rdnet_tiny mambaout_femto nasnetalarge pnasnet5large"""
+    hgnet_tiny hgnetv2_b0 focalnet_tiny_srf coat_tiny tiny_vit_5m_224 vgg11_bn sequencer2d_s vit_tiny_patch16_224
+    deit_tiny_patch16_224 swin_tiny_patch4_window7_224 mixer_s32_224 davit_tiny maxvit_tiny_tf_224 nextvit_small fasternet_t0
+    shvit_s1 swiftformer_xs rdnet_tiny mambaout_femto nasnetalarge pnasnet5large"""
 
 
 def names():
