@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from taylored.rules import SHAPES, sparing
+from taylored.rules import SHAPES, SKIMMED, sparing
 
 aten = torch.ops.aten
 FLOATS = [torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16]
@@ -52,7 +52,9 @@ def arithmetic(draw):
 
 @st.composite
 def unary(draw):
-    return draw(st.sampled_from([aten.sigmoid, aten.silu, aten.gelu, aten.tanh, aten.relu])), (draw(tensors(draw(shapes))),)
+    names = ["sigmoid", "silu", "gelu", "tanh", "relu", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu", "mish"]
+    names += ["silu_", "hardswish_", "hardsigmoid_", "hardtanh_", "leaky_relu_", "mish_"]
+    return getattr(aten, draw(st.sampled_from(names))), (draw(tensors(draw(shapes))),)
 
 
 @st.composite
@@ -166,6 +168,20 @@ def test_what_is_one_value_is_computed_once_and_the_same(shape, name, data):
     if name != "rows":  # a view that is written to otherwise than once has memory of its own
         torch.testing.assert_close(x, dense)
         assert (found is x) == (name in IN_PLACE)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.tuples(*[st.integers(1, 4)] * 4), st.booleans(), st.sampled_from([aten.upsample_nearest2d, aten.upsample_bilinear2d]),
+       st.data())  # fmt: skip
+def test_normalised_and_resized_it_is_the_same(shape, training, upsample, data):
+    x, vectors = kept_once(data, shape), [torch.rand(shape[1]) + 0.1 for _ in range(4)]
+    dense = x.clone(memory_format=torch.contiguous_format)
+    training = training and dense[:, 0].numel() > 1
+    options = (*vectors[:2], *(v.clone() for v in vectors[2:]), training, 0.1, 1e-5)
+    found = SKIMMED[aten.native_batch_norm](x, *vectors, training, 0.1, 1e-5)
+    torch.testing.assert_close(found[0], aten.native_batch_norm(dense, *options)[0], rtol=1e-4, atol=1e-4)
+    arguments = ([5, 3], False) if upsample is aten.upsample_bilinear2d else ([5, 3],)
+    torch.testing.assert_close(SKIMMED[upsample](x, *arguments), upsample(dense, *arguments))
 
 
 def test_arithmetic_on_what_is_one_value_takes_no_memory_of_its_size():

@@ -131,7 +131,7 @@ class LabelMode(TorchDispatchMode):
         if isinstance(value, torch.Tensor):
             if id(value) in self.owned:
                 self.seen.add(id(value))
-            if value.is_meta or self.values != "none":
+            if value.is_meta:
                 return value
             if id(value) not in self.meta:
                 self.meta[id(value)] = torch.empty_like(value, device="meta")
@@ -142,11 +142,17 @@ class LabelMode(TorchDispatchMode):
         return value
 
     def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        args = tuple(self.to_meta(a) for a in args)
-        kwargs = {k: self.to_meta(v) for k, v in kwargs.items()}
-        if self.values == "none" and "device" in kwargs and kwargs["device"] is not None:
-            kwargs["device"] = torch.device("meta")
+        return self.execute(func, args, kwargs or {})
+
+    def execute(self, func, args, kwargs):
+        """Run an operator, on the meta device or what takes its place, and carry the labels along."""
+        if self.values == "none":
+            args = tuple(self.to_meta(a) for a in args)
+            kwargs = {k: self.to_meta(v) for k, v in kwargs.items()}
+            if kwargs.get("device") is not None:
+                kwargs["device"] = torch.device("meta")
+        else:
+            self.seen |= self.owned.intersection(map(id, tensors_of(args, kwargs)))
         packet, shortcuts = func.overloadpacket, SHORTCUTS[self.values]
         instead = shortcuts.get(packet, shortcuts.get(func._schema.name)) if not kwargs else None
         out = sparing(func, args, kwargs) if instead is None and self.values == "some" else (instead or func)(*args, **kwargs)

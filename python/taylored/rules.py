@@ -357,13 +357,21 @@ def blank(like, shape) -> torch.Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device)  # new_empty and empty_like are written in Python, too
 
 
+def broadcast(tensors) -> torch.Size:
+    first, *others = (t.shape for t in tensors)
+    return first if all(shape == first for shape in others) else torch.broadcast_shapes(first, *others)  # in Python, too
+
+
 def arithmetic_shape(func, x, *others):
     tensors = list(tensors_of((x, *others), {}))
     if x is tensors[0] and usual(*tensors) and all(isinstance(y, (torch.Tensor, int, float)) for y in others):
         with contextlib.suppress(RuntimeError):
-            shapes = [t.shape for t in tensors]
-            return blank(x, x.shape if shapes.count(x.shape) == len(shapes) else torch.broadcast_shapes(*shapes))
+            return blank(x, broadcast(tensors))
     return func(x, *others)
+
+
+def in_place_shape(func, x, *options):
+    return x if usual(x) else func(x, *options)
 
 
 def mean_shape(func, x, dims=None, keepdim=False, **options):
@@ -419,7 +427,7 @@ def grid_sampler_shape(func, x, grid, *options):
     return blank(x, (*x.shape[:2], *grid.shape[1:-1]))
 
 
-def _shapes(function, *names):
+def _instead(function, *names):
     packets = [getattr(aten, name) for name in names if hasattr(aten, name)]
     return {packet: functools.partial(function, packet) for packet in packets}
 
@@ -447,19 +455,35 @@ def sparing(func, args, kwargs):
     if not any(0 in t.stride() for t in tensors):
         return func(*args, **kwargs)
     in_place = func._schema.is_mutable and args and isinstance(args[0], torch.Tensor)
-    if torch.Tag.pointwise in func.tags and not {"out", "memory_format"} & kwargs.keys():
+    arithmetic = torch.Tag.pointwise in func.tags or RULES.get(func.overloadpacket) is pointwise
+    if arithmetic and not {"out", "memory_format"} & kwargs.keys():
         small = [once(a) if isinstance(a, torch.Tensor) else a for a in args]
         few = {key: once(a) if isinstance(a, torch.Tensor) else a for key, a in kwargs.items()}
-        shapes = [[t.shape for t in tensors_of(*arguments)] for arguments in ((args, kwargs), (small, few))]
-        whole, part = (torch.broadcast_shapes(*found) for found in shapes)
         if not in_place:
+            whole = broadcast(tensors)
             return tree_map_only(torch.Tensor, lambda out: out.expand(whole), func(*small, **few))
-        if part == small[0].shape:
+        if broadcast(tensors_of(small, few)) == small[0].shape:
             func(*small, **few)
             return args[0]
     if in_place and 0 in args[0].stride():
         args[0].set_(args[0].contiguous())
     return func(*args, **kwargs)
+
+
+def normalised(func, x, weight, bias, mean, var, training, *options):
+    """Batch norm in evaluation, of a map that is one value everywhere: once for all positions."""
+    small = x if training else once(x)
+    small = small.expand([x.shape[1] if d == 1 else size for d, size in enumerate(small.shape)])
+    out, *rest = func(small, weight, bias, mean, var, training, *options)
+    return out.expand(x.shape), *rest
+
+
+def resized(func, x, size, *options):
+    """Interpolation of a map that is one value everywhere: that value."""
+    small = once(x)
+    if size is None or any(s != 1 for s in small.shape[2:]):
+        return func(x, size, *options)
+    return small.expand(*x.shape[:2], *size)
 
 
 def regions(x, boxes, scale, height, width, *options):
@@ -588,19 +612,22 @@ def _rules(function, *names):
 
 
 SHAPES = {
-    **_shapes(arithmetic_shape, "add", "sub", "mul", "div", "rsub", "sigmoid", "silu", "gelu", "tanh", "relu"),
-    **_shapes(mean_shape, "mean"),
-    **_shapes(cat_shape, "cat"),
-    **_shapes(convolution_shape, "convolution"),
-    **_shapes(addmm_shape, "addmm"),
-    **_shapes(layer_norm_shapes, "native_layer_norm"),
-    **_shapes(batch_norm_shapes, "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
-    **_shapes(grid_sampler_shape, "grid_sampler_2d", "grid_sampler_3d"),
-    aten.silu_: lambda x: x,
+    **_instead(arithmetic_shape, "add", "sub", "mul", "div", "rsub", "sigmoid", "silu", "gelu", "tanh", "relu", "hardswish"),
+    **_instead(arithmetic_shape, "hardsigmoid", "hardtanh", "leaky_relu", "mish"),
+    **_instead(in_place_shape, "silu_", "hardswish_", "hardsigmoid_", "hardtanh_", "leaky_relu_", "mish_"),
+    **_instead(mean_shape, "mean"),
+    **_instead(cat_shape, "cat"),
+    **_instead(convolution_shape, "convolution"),
+    **_instead(addmm_shape, "addmm"),
+    **_instead(layer_norm_shapes, "native_layer_norm"),
+    **_instead(batch_norm_shapes, "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
+    **_instead(grid_sampler_shape, "grid_sampler_2d", "grid_sampler_3d"),
 }
 SKIMMED = {
     **{packet: skimmed(packet) for packet in (aten.convolution, aten.mm, aten.addmm, aten.bmm, aten.baddbmm)},
     **_rules(aten.reshape, "view"),  # what is kept once has no memory to be viewed
+    **_instead(normalised, "native_batch_norm"),
+    **_instead(resized, "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d"),
     "torchvision::roi_align": regions,
 }
 RULES = {

@@ -870,11 +870,11 @@ class Rehearsal(LabelMode):
                 tensor = tensor.index_select(d, self.keep[name, d].to(tensor.device))
         return tensor
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def execute(self, func, args, kwargs):
         try:
-            return super().__torch_dispatch__(func, types, args, kwargs)
+            return super().execute(func, args, kwargs)
         except Exception:
-            for tensor in () if self.blamed else tensors_of(args, kwargs or {}):
+            for tensor in () if self.blamed else tensors_of(args, kwargs):
                 for label in self.get(tensor):
                     self.blame(label)
             raise
