@@ -235,8 +235,7 @@ def table(results) -> str:
         f"{len(results)} models: {len(ok)} trace and compact, {exact} of them exactly (to {TOLERANCE:g}; {idle} of these have "
         f"nothing to remove). Of the median model {statistics.median(shares):.1%} of the convolutions' filters can be removed; "
         f"of {sum(s >= 0.9 for s in shares)} models at least 90%. A trace takes {statistics.median(times):.2f} s in the median. "
-        f"More than one second take {', '.join(long) or 'none'}: detectors look at their data and run on the CPU, twice; counts "
-        "that are hard-coded are found one after the other. "
+        f"More than one second take {', '.join(long) or 'none'}: counts that are hard-coded are found one after the other. "
         f"Torch-Pruning 1.6.1 was tried on {len(peers)}: {ran} run, {same} of them exactly.",
         "",
         f"Made by `python benchmarks/coverage.py`, which says how (one CPU thread, torch {torch.__version__.split('+')[0]}). "
