@@ -638,6 +638,15 @@ def test_arguments_in_another_order_are_refused_in_words():
         compact(model, graph, plan)
     with refused(model, TypeError, "keep_removed"):
         restore(model, compact(copy.deepcopy(model), plan))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with refused(model, TypeError, "optimizer must be a torch.optim optimizer"):
+        compact(model, plan, torch.optim.lr_scheduler.StepLR(optimizer, 1))
+    with refused(model, TypeError, "also must be a module"):
+        compact(model, plan, None, optimizer)
+    with refused(model, TypeError, "plan must be a PrunePlan"), masked(model, plan, graph):
+        pass
+    with refused(model, TypeError, "graph must be the ChannelGraph"), masked(model, model, plan):
+        pass
 
 
 def test_what_stays_may_stay_in_another_order():

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import taylored
-from taylored import ops, oracle, trace
+from taylored import compact, ops, oracle, random_plan, trace
 from taylored.oracle import parse_memory
 from taylored.replay import Replay
 from taylored.trace import zeroed
@@ -411,3 +411,13 @@ def test_memory_stays_within_the_budget(tmp_path, budget, precision):
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= 1.1 * budget * 2**20
+
+
+def test_a_graph_of_the_model_before_its_cut_is_refused():
+    model, batches = nets.small("chain"), [task(4)]
+    graph = trace(model, nets.inputs(1))
+    compact(model, random_plan(graph, 0.5))
+    with pytest.raises(ValueError, match="graph does not fit model"):
+        oracle(model, graph, batches, cross_entropy)
+    with pytest.raises(TypeError, match="model must be a torch"):
+        oracle(graph, model, batches, cross_entropy)

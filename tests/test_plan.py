@@ -400,3 +400,16 @@ def test_ten_rounds_compose_to_one():
     assert plan == PrunePlan.of(graph, plan.removed) and sum(map(len, plan.removed.values())) == 10
     compact(once, plan)
     assert all(torch.equal(t, once.state_dict()[n]) for n, t in rounds.state_dict().items())
+
+
+def test_arguments_in_another_order_are_refused_in_words():
+    graph = trace(nets.small("chain"), nets.inputs())
+    scores = {g.name: torch.rand(g.units) for g in graph.groups}
+    with pytest.raises(TypeError, match="graph must be the ChannelGraph"):
+        make_plan(scores, graph, target_flops=0.5)
+    with pytest.raises(TypeError, match="graph must be the ChannelGraph"):
+        random_plan(0.5, graph)
+    with pytest.raises(TypeError, match="scores must be a dict"):
+        make_plan(graph, list(scores.values()), target_flops=0.5)
+    with pytest.raises(PlanError, match="write a fraction"):
+        make_plan(graph, scores, target_flops=1.5)

@@ -33,6 +33,8 @@ from taylored.trace import (
 
 def masked(model: nn.Module, graph: ChannelGraph, plan: PrunePlan):
     """Within the context the model computes as if the plan's units were removed: zeros at their consumers' inputs."""
+    if not isinstance(plan, PrunePlan):
+        raise TypeError(f"plan must be a PrunePlan, got {type(plan).__name__}: masked(model, graph, plan)")
     return zeroed(model, graph, plan.removed)
 
 
@@ -159,6 +161,8 @@ class _Work:
         self.jobs: list[_Job] = []
         self.modules: list[tuple[str, nn.Module, dict[str, int]]] = []
         _check_indices(plan)
+        if not isinstance(also, (nn.Module, dict, list, tuple)):
+            raise TypeError(f"also must be a module, a mapping or a list of them, got {type(also).__name__}")
         copies = enumerate([also] if isinstance(also, (nn.Module, dict)) else also)
         twins = {"model": model, **{f"also[{n}]": _twin(copy, plan, f"also[{n}]") for n, copy in copies}}
         for what, twin in twins.items():
@@ -172,6 +176,8 @@ class _Work:
         names = {id(t): name for name, t in tensors.items()}
         self.optimizers = [] if optimizer is None else list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
         for number, opt in enumerate(self.optimizers):
+            if not isinstance(getattr(opt, "param_groups", None), list):
+                raise TypeError(f"optimizer must be a torch.optim optimizer or a list of them, got {type(opt).__name__}")
             self.jobs += _optimizer_jobs(plan, opt, names, f"optimizer[{number}]")
         self.given = {*twins, *(f"optimizer[{n}]" for n in range(len(self.optimizers)))}
         self.plan = plan

@@ -19,7 +19,7 @@ from torch import nn
 from taylored import ops
 from taylored.oracle import oracle
 from taylored.score import TaylorScorer
-from taylored.trace import ChannelGraph, Group, count_examples, in_mode, run_on, unwrapped
+from taylored.trace import ChannelGraph, Group, check_fit, count_examples, in_mode, run_on, unwrapped
 
 Scores = dict[str, torch.Tensor]
 BINS = 8  # of equal frequency, into which mutual information sorts a unit's activations
@@ -175,6 +175,7 @@ def _totals(model, graph, batches) -> dict[str, tuple[torch.Tensor, torch.Tensor
 def _observe(model, graph, batches, visit) -> None:
     """Runs the data and calls visit(group name, statistics, elements, targets) per batch and group. statistics: float64
     [3, N, units], sum, sum of squares and zeros over an example's elements, of which every unit has `elements`."""
+    check_fit(graph, model)
     model = unwrapped(model)
     caught: dict[str, list[tuple[torch.Tensor, int]]] = {}
 
@@ -261,6 +262,7 @@ def random(model: nn.Module, graph: ChannelGraph, batches: Iterable, loss_fn: Ca
 
 
 def _of_filters(model, graph, score) -> Scores:
+    check_fit(graph, model)
     model = unwrapped(model)
     found = {group.name: _filters(model, group) for group in graph.groups}
     return {name: score(filters).cpu() for name, filters in found.items() if filters}

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from taylored.files import digest, write_atomically
 from taylored.replay import DifferenceReplay, NotReplayable, Replay
-from taylored.trace import ChannelGraph, count_examples, in_mode, run_on, unwrapped, zeroed
+from taylored.trace import ChannelGraph, check_fit, count_examples, in_mode, run_on, unwrapped, zeroed
 
 PRECISIONS = {"float32": Replay, "bfloat16": DifferenceReplay}
 SAVE_EVERY = 5.0  # seconds
@@ -54,7 +54,8 @@ def oracle(
     every rank measures its share of the units, and all return the same.
 
     A model that cannot be exported with a dynamic batch runs whole, once per unit, masked at the consumers: slower, and
-    said in a warning. Raises ValueError for unusable arguments, FloatingPointError if the loss is not finite.
+    said in a warning. Raises ValueError for unusable arguments (a graph of another model, or of this one before a cut),
+    FloatingPointError if the loss is not finite.
     """
     if mode not in ("abs", "loss"):
         raise ValueError(f"mode must be 'abs' or 'loss', got {mode!r}")
@@ -64,6 +65,7 @@ def oracle(
         name = type(batches).__name__
         raise TypeError(f"batches is read several times, from the start: give a list or a loader, not a {name}")
     budget = parse_memory(memory)
+    check_fit(graph, model)
     model = unwrapped(model)
     if precision == "bfloat16" and not computes_in_bfloat16(next(model.parameters()).device):
         warnings.warn("precision: this processor has no bfloat16 arithmetic; float32 is faster here and is used", stacklevel=2)

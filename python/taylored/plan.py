@@ -299,6 +299,7 @@ def make_plan(
     scores; round_to, min_units and max_ratio are about its width. Raises PlanError when the budget cannot be met, naming what is
     the least that can be reached.
     """
+    _check_graph(graph)
     scores = _checked(graph, scores)
     for argument, limits in (("min_units", min_units), ("max_ratio", max_ratio)):
         if isinstance(limits, dict) and (unknown := limits.keys() - {g.name for g in graph.groups}):
@@ -352,7 +353,7 @@ def make_plan(
         limit = _absolute(name, budget, total)
         least = price(full - counts[-1])
         if least > limit:
-            percentage = " (for a percentage, write a fraction: 0.5)" if isinstance(budget, int) and budget <= 100 else ""
+            percentage = " (for a percentage, write a fraction: 0.5)" if 1 < budget <= 100 else ""
             raise PlanError(
                 f"{name}: at most {limit} of {total} ({limit / max(total, 1):.3f}) may remain{percentage}, which cannot be met: "
                 f"with every unit gone that may go {least} ({least / max(total, 1):.3f}) remain. Let more go (min_units, "
@@ -368,6 +369,7 @@ def make_plan(
 def random_plan(graph: ChannelGraph, ratio: float, seed: int = 0) -> PrunePlan:
     """Remove the share `ratio` of every group's units (rounded down, never all) at random: for tests and baselines. Of a
     bundle's width the narrowest that leaves as much."""
+    _check_graph(graph)
     if not 0 <= ratio <= 1:
         raise PlanError(f"ratio must lie between 0 and 1, got {ratio}")
     generator = torch.Generator().manual_seed(seed)
@@ -380,7 +382,14 @@ def random_plan(graph: ChannelGraph, ratio: float, seed: int = 0) -> PrunePlan:
     return PrunePlan.of(graph, removed)
 
 
+def _check_graph(graph):
+    if not isinstance(graph, ChannelGraph):
+        raise TypeError(f"graph must be the ChannelGraph that trace(model, ...) returned, got {type(graph).__name__}")
+
+
 def _checked(graph, scores) -> dict[str, torch.Tensor]:
+    if not isinstance(scores, dict):
+        raise TypeError(f"scores must be a dict from group to tensor (scorer.scores()), got {type(scores).__name__}")
     names = {g.name: g.units for g in graph.groups}
     checked = {}
     for name, s in scores.items():
