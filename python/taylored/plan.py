@@ -16,7 +16,7 @@ from torch import nn
 from taylored.files import digest
 from taylored.labels import TraceError
 from taylored.rules import FIXED
-from taylored.trace import ChannelGraph, Rehearsal, check_fit, complement, holders, named_tensors, unwrapped
+from taylored.trace import ChannelGraph, Rehearsal, check_fit, check_graph, complement, holders, named_tensors, unwrapped
 
 NORMS = {
     "none": lambda s: torch.ones((), dtype=s.dtype),
@@ -299,7 +299,7 @@ def make_plan(
     scores; round_to, min_units and max_ratio are about its width. Raises PlanError when the budget cannot be met, naming what is
     the least that can be reached.
     """
-    _check_graph(graph)
+    check_graph(graph)
     scores = _checked(graph, scores)
     for argument, limits in (("min_units", min_units), ("max_ratio", max_ratio)):
         if isinstance(limits, dict) and (unknown := limits.keys() - {g.name for g in graph.groups}):
@@ -369,7 +369,7 @@ def make_plan(
 def random_plan(graph: ChannelGraph, ratio: float, seed: int = 0) -> PrunePlan:
     """Remove the share `ratio` of every group's units (rounded down, never all) at random: for tests and baselines. Of a
     bundle's width the narrowest that leaves as much."""
-    _check_graph(graph)
+    check_graph(graph)
     if not 0 <= ratio <= 1:
         raise PlanError(f"ratio must lie between 0 and 1, got {ratio}")
     generator = torch.Generator().manual_seed(seed)
@@ -380,11 +380,6 @@ def random_plan(graph: ChannelGraph, ratio: float, seed: int = 0) -> PrunePlan:
             group = graph.groups[i]
             removed[group.name] = torch.randperm(group.units, generator=generator)[:count]
     return PrunePlan.of(graph, removed)
-
-
-def _check_graph(graph):
-    if not isinstance(graph, ChannelGraph):
-        raise TypeError(f"graph must be the ChannelGraph that trace(model, ...) returned, got {type(graph).__name__}")
 
 
 def _checked(graph, scores) -> dict[str, torch.Tensor]:

@@ -428,8 +428,7 @@ def grid_sampler_shape(func, x, grid, *options):
 
 
 def _instead(function, *names):
-    packets = [getattr(aten, name) for name in names if hasattr(aten, name)]
-    return {packet: functools.partial(function, packet) for packet in packets}
+    return {packet: functools.partial(function, packet) for packet in _rules(function, *names)}
 
 
 def skimmed(func):
@@ -438,7 +437,7 @@ def skimmed(func):
 
     def run(*args):
         meta = (torch.empty_like(a, device="meta") if isinstance(a, torch.Tensor) else a for a in args)
-        shape = func(*meta).shape
+        shape = SHAPES.get(func, func)(*meta).shape
         if func is aten.convolution:
             bias = None if args[2] is None else args[2].reshape(-1, *[1] * (len(shape) - 2))
         else:

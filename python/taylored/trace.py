@@ -533,12 +533,17 @@ def holders(model: nn.Module) -> dict[str, str]:
     }
 
 
+def check_graph(graph: ChannelGraph) -> None:
+    """Raises TypeError for what is no graph, such as an argument in another's place."""
+    if not isinstance(graph, ChannelGraph):
+        raise TypeError(f"graph must be the ChannelGraph that trace(model, ...) returned, got {type(graph).__name__}")
+
+
 def check_fit(graph: ChannelGraph, model: nn.Module) -> None:
     """Raises ValueError unless the model's tensors are those that the graph is of, TypeError if they are something else."""
     if not isinstance(unwrapped(model), nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(graph, ChannelGraph):
-        raise TypeError(f"graph must be the ChannelGraph that trace(model, ...) returned, got {type(graph).__name__}")
+    check_graph(graph)
     there = {name: tuple(t.shape) for name, t in named_tensors(unwrapped(model)).items()}
     for name in (*graph.shapes, *there):
         if there.get(name) != graph.shapes.get(name):
