@@ -31,7 +31,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import taylored
-from taylored.trace import CONVOLUTIONS
+from taylored._modules import CONVOLUTIONS
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from models import randomised

@@ -15,9 +15,9 @@ from timer import Table, side_by_side
 from torch import nn
 
 import taylored
-from taylored.oracle import computes_in_bfloat16
-from taylored.replay import Replay
-from taylored.trace import zeroed
+from taylored._masking import zeroed
+from taylored._oracle.exact import Replay
+from taylored._torch_compat import computes_in_bfloat16
 
 
 def vgg16_bn_32():

@@ -11,7 +11,7 @@ import torch
 from torchvision import models
 
 import taylored
-from taylored import latency
+from taylored._cli import latency
 
 BATCH, MULTIPLES = 8, (1, 4, 8, 16)
 

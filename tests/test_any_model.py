@@ -230,7 +230,7 @@ class Own(nn.Module):
 def rules():
     import sys
 
-    known = sys.modules["taylored.rules"].RULES
+    known = sys.modules["taylored._graph.rules"].RULES
     before = dict(known)
     yield
     known.clear()
@@ -243,10 +243,10 @@ def test_an_operator_without_a_rule_is_named_and_can_be_taught(rules):
     assert 'trace_rule("taylored_tests::scaled")' in trace(model, IMAGES).explain("first")
 
     @trace_rule("taylored_tests::scaled")
-    def rule(mode, func, args, kwargs, out):
-        label = mode.channels(args[0], 1)
-        mode.bind(label, mode.channels(args[1], 0), "scaled by constants")
-        mode.emit(out, 1, label)
+    def rule(labels, func, args, kwargs, out):
+        label = labels.channels(args[0], 1)
+        labels.match(label, labels.channels(args[1], 0), "scaled by constants")
+        labels.emit(out, 1, label)
 
     assert callable(rule)
     graph = trace(model, IMAGES)

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import taylored
-from taylored import PlanError, checkpoint, compact, files, load, random_plan, save, trace
-from taylored.checkpoint import CheckpointError
+from taylored import CheckpointError, PlanError, compact, load, random_plan, save, trace
+from taylored import _checkpoint as checkpoint
+from taylored import _files as files
 
 
 def saved(path, name="chain", seed=0, **options):
@@ -21,7 +22,7 @@ def saved(path, name="chain", seed=0, **options):
     model = nets.small(name, seed)
     plan = random_plan(trace(model, nets.inputs()), 0.5)
     compact(model, plan)
-    save(path, model, plan, **options)
+    save(model, plan, path, **options)
     return model, plan
 
 
@@ -30,14 +31,14 @@ def test_a_round_trip_gives_equal_outputs(tmp_path, name):
     model, plan = saved(tmp_path / "m", name)
     fresh = nets.small(name, seed=1)
     parameters = list(fresh.parameters())
-    assert load(tmp_path / "m", fresh) == plan
+    assert load(fresh, tmp_path / "m") == plan
     assert torch.equal(fresh(nets.inputs()), model(nets.inputs()))
     assert all(a is b for a, b in zip(parameters, fresh.parameters(), strict=True))
 
 
 def test_the_loaded_plan_keeps_its_figures(tmp_path):
     _, plan = saved(tmp_path / "m")
-    loaded = load(str(tmp_path / "m"), nets.small())
+    loaded = load(nets.small(), str(tmp_path / "m"))
     assert (loaded.flops, loaded.params, repr(loaded)) == (plan.flops, plan.params, repr(plan))
 
 
@@ -65,10 +66,10 @@ def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
     model, x = tied(0), torch.randn(1, 3, 9, 9)
     plan = random_plan(trace(model, x), 0.5)
     compact(model, plan)
-    save(tmp_path / "m", model, plan)
+    save(model, plan, tmp_path / "m")
     assert ("1.weight" in load_file(tmp_path / "m")) != ("2.weight" in load_file(tmp_path / "m"))
     fresh = tied(1)
-    load(tmp_path / "m", fresh)
+    load(fresh, tmp_path / "m")
     assert fresh[1].weight is fresh[2].weight
     assert torch.equal(fresh(x), model(x))
 
@@ -84,7 +85,7 @@ def tiny_file(path):
     model = Tiny()
     plan = random_plan(trace(model, torch.zeros(1, 1, 2, 2)), 0.5)
     compact(model, plan)
-    save(path, model, plan)
+    save(model, plan, path)
     return path.read_bytes()
 
 
@@ -92,7 +93,7 @@ def accepted(path, data, model):
     """Whether a file with that content is loaded; otherwise it must be refused by name."""
     path.write_bytes(data)
     try:
-        load(path, model)
+        load(model, path)
     except CheckpointError as error:
         assert str(path) in str(error)
         return False
@@ -130,9 +131,9 @@ def test_foreign_files_are_refused(tmp_path):
     (tmp_path / "text").write_text("hello")
     for name, message in (("plain", "not written by"), ("pickle", "damaged or no"), ("text", "damaged or no")):
         with pytest.raises(CheckpointError, match=message):
-            load(tmp_path / name, fresh)
+            load(fresh, tmp_path / name)
     with pytest.raises(FileNotFoundError):
-        load(tmp_path / "nowhere", fresh)
+        load(fresh, tmp_path / "nowhere")
     assert nets.unchanged(before, fresh)
 
 
@@ -154,7 +155,7 @@ def test_another_model_is_refused_untouched(tmp_path, other):
     model = other()
     before = nets.snapshot(model)
     with pytest.raises(CheckpointError, match=r"m: |m does not fit|m was pruned"):
-        load(tmp_path / "m", model)
+        load(model, tmp_path / "m")
     assert nets.unchanged(before, model)
 
 
@@ -163,7 +164,7 @@ def test_saving_replaces_and_leaves_no_other_file(tmp_path):
     model, _ = saved(tmp_path / "m", seed=3)
     assert os.listdir(tmp_path) == ["m"]
     fresh = nets.small()
-    load(tmp_path / "m", fresh)
+    load(fresh, tmp_path / "m")
     assert torch.equal(fresh(nets.inputs()), model(nets.inputs()))
 
 
@@ -193,12 +194,12 @@ def test_a_process_that_is_killed_while_it_saves_leaves_the_old_file(tmp_path, c
     if child == 0:
         try:
             kill_at(call, when)
-            save(tmp_path / "m", model, plan)
+            save(model, plan, tmp_path / "m")
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert ((tmp_path / "m").read_bytes() == old) == ((call, when) != ("replace", "after"))
-    load(tmp_path / "m", nets.small())
+    load(nets.small(), tmp_path / "m")
 
 
 def kill_at(call, when):
@@ -227,14 +228,14 @@ def test_saving_changes_no_model(tmp_path):
     plan = random_plan(trace(model, nets.inputs()), 0.5)
     compact(model, plan)
     before = nets.snapshot(model)
-    save(tmp_path / "m", copy.copy(model), plan, extra={"a": 1})
+    save(copy.copy(model), plan, tmp_path / "m", extra={"a": 1})
     assert nets.unchanged(before, model)
 
 
 def test_loading_keeps_the_models_own_type_and_device(tmp_path):
     saved(tmp_path / "m")
     fresh = nets.small().double()
-    load(tmp_path / "m", fresh)
+    load(fresh, tmp_path / "m")
     assert all(p.dtype == torch.float64 for p in fresh.parameters())
 
 
@@ -242,23 +243,23 @@ def test_a_model_that_the_plan_was_not_applied_to_is_not_saved(tmp_path):
     model = nets.small()
     first = random_plan(trace(model, nets.inputs()), 0.3)
     with pytest.raises(PlanError, match="Compact it first"):
-        save(tmp_path / "m", model, first)
+        save(model, first, tmp_path / "m")
     compact(model, first)
     second = random_plan(trace(model, nets.inputs()), 0.3)
     compact(model, second)
     with pytest.raises(PlanError, match=r"first\.then"):
-        save(tmp_path / "m", model, first)
+        save(model, first, tmp_path / "m")
     assert not list(tmp_path.iterdir())
-    save(tmp_path / "m", model, first.then(second))
+    save(model, first.then(second), tmp_path / "m")
     fresh = nets.small()
-    load(tmp_path / "m", fresh)
+    load(fresh, tmp_path / "m")
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), fresh.state_dict().values(), strict=True))
 
 
 def test_a_loaded_model_keeps_no_memory_of_what_was_cut(tmp_path):
     saved(tmp_path / "m")
     model = nets.small()
-    load(tmp_path / "m", model)
+    load(model, tmp_path / "m")
     assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in model.state_dict().values())
 
 
@@ -270,9 +271,9 @@ def test_a_failing_write_names_the_file(tmp_path):
 
 def test_arguments_in_another_order_are_refused_in_words(tmp_path):
     model, plan = saved(tmp_path / "m")
-    with pytest.raises(TypeError, match=r"save\(path, model, plan\)"):
-        save(model, tmp_path / "n", plan)
-    with pytest.raises(TypeError, match=r"load\(path, model\)"):
-        load(model, tmp_path / "m")
+    with pytest.raises(TypeError, match=r"save\(model, plan, path\)"):
+        save(tmp_path / "n", model, plan)
+    with pytest.raises(TypeError, match=r"load\(model, path\)"):
+        load(tmp_path / "m", model)
     with pytest.raises(TypeError, match="export"):
         taylored.export(model, tmp_path / "n.onnx", nets.inputs())

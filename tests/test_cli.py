@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 import taylored
-from taylored import zoo
-from taylored.cli import main
-from taylored.trace import trace
+from taylored import trace
+from taylored._cli import zoo
+from taylored._cli.main import main
 
 QUICK = ["--train-epochs", "1", "--rounds", "2", "--round-epochs", "0.25", "--final-epochs", "1"]
 KEYS = {f"{key}_{when}" for key in ("accuracy", "flops", "params", "units", "latency_ms") for when in ("before", "after")}
@@ -47,7 +47,7 @@ def test_the_summary_has_every_figure_and_meets_the_budget(finished):
 def test_the_summarys_figures_are_those_of_the_written_model(finished):
     summary = json.loads((finished / "summary.json").read_text())
     model = zoo.small_vgg()
-    taylored.load(finished / "pruned.safetensors", model)
+    taylored.load(model, finished / "pruned.safetensors")
     graph = trace(model, torch.zeros(1, 1, 8, 8))
     assert (graph.flops, graph.params, graph.units) == tuple(summary[f"{k}_after"] for k in ("flops", "params", "units"))
 
@@ -85,16 +85,16 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path, monke
     """Up to rounding: the order of the images after the interruption is another one, but the budget is the same."""
     arguments = ["prune", *QUICK, "--target-flops", "0.6"]
     assert main([*arguments, "--out", str(tmp_path / "whole")]) == 0
-    from taylored.cli import Journal
+    from taylored._cli.log import Log
 
-    write = Journal.write
+    write = Log.write
 
     def interrupted(journal, event):
         write(journal, event)
         if event.get("round") == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Journal, "write", interrupted)
+    monkeypatch.setattr(Log, "write", interrupted)
     assert main([*arguments, "--out", str(tmp_path / "cut")]) == 130
     monkeypatch.undo()
     assert main([*arguments, "--out", str(tmp_path / "cut"), "--resume"]) == 0
@@ -110,7 +110,7 @@ def test_the_same_seed_gives_the_same_network(tmp_path):
     for name in ("a", "b"):
         assert main([*arguments, "--threads", "1", "--out", str(tmp_path / name)]) == 0
     first, second = ((tmp_path / name / "pruned.safetensors") for name in ("a", "b"))
-    plans = [taylored.load(path, zoo.small_vgg()) for path in (first, second)]
+    plans = [taylored.load(zoo.small_vgg(), path) for path in (first, second)]
     assert plans[0] == plans[1]
 
 
@@ -143,11 +143,11 @@ def test_a_pretrained_body_stays_frozen_while_the_new_last_layer_trains(tmp_path
     torch.manual_seed(1)
     pretrained = zoo.small_vgg(10, 3)
     torch.save(pretrained.state_dict(), tmp_path / "vgg.pth")
-    (tmp_path / "net.py").write_text("from taylored.zoo import small_vgg\ndef make():\n    return small_vgg(10, 3)\n")
+    (tmp_path / "net.py").write_text("from taylored._cli.zoo import small_vgg\ndef make():\n    return small_vgg(10, 3)\n")
     arguments = ["prune", "--data", str(data), "--model", f"{tmp_path / 'net.py'}:make", "--weights", str(tmp_path / "vgg.pth")]
     assert main([*arguments, "--image-size", "16", "--batch-size", "4", *QUICK, "--out", str(tmp_path / "out")]) == 0
     trained = zoo.small_vgg(2, 3)
-    taylored.load(tmp_path / "out" / "trained.safetensors", trained)
+    taylored.load(trained, tmp_path / "out" / "trained.safetensors")
     for (name, was), now in zip(pretrained.state_dict().items(), trained.state_dict().values(), strict=True):
         assert name.startswith("classifier") or torch.equal(was, now), name
 
@@ -189,7 +189,7 @@ def test_out_that_cannot_be_made_is_told(tmp_path, capsys):
 
 @pytest.mark.parametrize(("limit", "workers"), [(2**30, "0"), (0, "0"), (0, "1")])
 def test_a_damaged_image_is_named(tmp_path, capsys, monkeypatch, limit, workers):
-    monkeypatch.setattr("taylored.data.MEMORY_LIMIT", limit)
+    monkeypatch.setattr("taylored._cli.data.MEMORY_LIMIT", limit)
     data = folder(tmp_path / "data", size=(16, 16))
     (data / "train" / "dog" / "3.jpg").write_bytes(b"\xff\xd8 not a picture")
     arguments = ["prune", "--data", str(data), "--image-size", "16", "--batch-size", "4", "--workers", workers]

@@ -517,7 +517,7 @@ def test_a_forward_that_fails_in_the_rehearsal_changes_nothing(mood):
 def test_a_plan_is_rehearsed_anew_for_another_model_or_other_modules(monkeypatch):
     model, x = nets.small("chain"), nets.inputs()
     plan, seen = random_plan(trace(model, x), 0.5), []
-    monkeypatch.setattr(sys.modules["taylored.compact"], "rehearse", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr(sys.modules["taylored._compact"], "rehearse", lambda *arguments: seen.append(arguments))
     compact(copy.deepcopy(model), plan)
     assert len(seen) == 1
     first = model.first
@@ -563,7 +563,7 @@ def test_an_exception_within_compact_changes_nothing(monkeypatch, stage):
     def fail(*_):
         raise MemoryError("no more")
 
-    module = sys.modules["taylored.compact"]
+    module = sys.modules["taylored._compact"]
     owner, name = (module.ops, "compact_many_") if "." in stage else (module, stage)
     monkeypatch.setattr(owner, name, fail)
     with pytest.raises(MemoryError, match="no more"):
@@ -731,7 +731,7 @@ def same_state(a, b):
 @pytest.mark.parametrize("number", [0, 1, 5, "last"])
 def test_data_that_cannot_be_given_to_a_tensor_is_taken_from_the_others(monkeypatch, number):
     model, x = nets.small("chain"), nets.inputs()
-    plan, module = random_plan(trace(model, x), 0.5), sys.modules["taylored.compact"]
+    plan, module = random_plan(trace(model, x), 0.5), sys.modules["taylored._compact"]
     number, calls, replace = len(plan.shapes) - 1 if number == "last" else number, itertools.count(), module._replace
 
     def fail(tensor, data):

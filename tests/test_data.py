@@ -4,8 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from taylored import data
-from taylored.data import DataError
+from taylored._cli import data
+from taylored._cli.data import DataError
 
 
 def picture(path, size=(40, 30), colour=(200, 100, 50)):

@@ -12,9 +12,9 @@ from torch import nn
 from torchvision import models
 
 import taylored
-from taylored import compact, export, random_plan, trace, zoo
-from taylored.cli import main
-from taylored.export import ExportError
+from taylored import ExportError, compact, export, random_plan, trace
+from taylored._cli import zoo
+from taylored._cli.main import main
 
 MISSING = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
 FORMATS = ["pt2", pytest.param("onnx", marks=pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)}"))]
@@ -80,8 +80,8 @@ def test_a_file_that_was_saved_is_loaded_and_exported(tmp_path, kind):
     model, x = pruned("depthwise")
     fresh = nets.small("depthwise")
     plan = random_plan(trace(fresh, x), 0.5)
-    taylored.save(tmp_path / "m.safetensors", model, plan)
-    taylored.load(tmp_path / "m.safetensors", fresh)
+    taylored.save(model, plan, tmp_path / "m.safetensors")
+    taylored.load(fresh, tmp_path / "m.safetensors")
     export(torch.compile(fresh), x, tmp_path / f"m.{kind}", any_batch=False)
     close(run(tmp_path / f"m.{kind}", x), model(x))
 
@@ -113,7 +113,7 @@ def test_only_the_two_endings_are_known(tmp_path):
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     model, x = pruned("chain")
-    monkeypatch.setattr(sys.modules["taylored.export"], "_has", lambda name: name != "onnxscript")
+    monkeypatch.setattr(sys.modules["taylored._export"], "_has", lambda name: name != "onnxscript")
     with pytest.raises(ExportError, match=r"needs onnxscript: pip install 'taylored\[onnx\]'"):
         export(model, x, tmp_path / "m.onnx")
 
@@ -121,7 +121,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
 @pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)}")
 def test_without_onnxruntime_nothing_is_compared(tmp_path, monkeypatch):
     model, x = pruned("chain")
-    monkeypatch.setattr(sys.modules["taylored.export"], "_has", lambda name: name != "onnxruntime")
+    monkeypatch.setattr(sys.modules["taylored._export"], "_has", lambda name: name != "onnxruntime")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert export(model, x, tmp_path / "m.onnx") is None
     assert (tmp_path / "m.onnx").exists()
@@ -170,7 +170,7 @@ def test_the_command_exports_what_was_pruned(finished, tmp_path, capsys, kind, s
     said = capsys.readouterr().out
     assert "images anyx1x8x8" in said and "outputs within" in said
     model, x = zoo.small_vgg().eval(), torch.rand(5, 1, 8, 8)
-    taylored.load(file, model)
+    taylored.load(model, file)
     close(run(path, x), model(x))
 
 
@@ -178,7 +178,7 @@ def test_the_command_takes_what_a_file_does_not_say(tmp_path, capsys):
     model = zoo.small_vgg(3, 3)
     plan = random_plan(trace(model, torch.zeros(1, 3, 16, 16)), 0.5)
     compact(model, plan)
-    taylored.save(tmp_path / "m.safetensors", model, plan)
+    taylored.save(model, plan, tmp_path / "m.safetensors")
     arguments = ["export", "--pruned", str(tmp_path / "m.safetensors"), "--out", str(tmp_path / "m.pt2")]
     assert main(arguments) == 2
     assert "give --model" in capsys.readouterr().err
@@ -197,7 +197,7 @@ def test_the_command_takes_a_function_as_it_is(tmp_path, capsys):
     model = zoo.build(f"{file}:maps", "none", None).model
     plan = random_plan(trace(model, torch.zeros(1, 3, 16, 16)), 0.5)
     compact(model, plan)
-    taylored.save(tmp_path / "m.safetensors", model, plan)
+    taylored.save(model, plan, tmp_path / "m.safetensors")
     arguments = ["export", "--pruned", str(tmp_path / "m.safetensors"), "--out", str(tmp_path / "m.pt2")]
     assert main([*arguments, "--model", f"{file}:maps"]) == 0
     assert "images anyx3x224x224" in capsys.readouterr().out

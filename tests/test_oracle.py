@@ -16,9 +16,9 @@ from torch.nn.functional import cross_entropy
 
 import taylored
 from taylored import compact, ops, oracle, random_plan, trace
-from taylored.oracle import parse_memory
-from taylored.replay import Replay
-from taylored.trace import zeroed
+from taylored._masking import zeroed
+from taylored._oracle.exact import Replay
+from taylored._oracle.measure import parse_memory
 
 ARCHITECTURES = [
     "vgg11_bn", "resnet18", "resnext50_32x4d", "densenet121", "googlenet", "squeezenet1_1", "mobilenet_v2",
@@ -103,11 +103,11 @@ def test_batch_norms_in_a_row_are_exact(norms, affine):
 @pytest.fixture
 def bfloat16(monkeypatch):
     """Used even where the processor has no arithmetic for it: the same program, on torch's slow kernels."""
-    monkeypatch.setattr(sys.modules["taylored.oracle"], "computes_in_bfloat16", lambda device: True)
+    monkeypatch.setattr(sys.modules["taylored._oracle.measure"], "computes_in_bfloat16", lambda device: True)
 
 
 def test_bfloat16_gives_way_where_it_would_be_slower(monkeypatch):
-    monkeypatch.setattr(sys.modules["taylored.oracle"], "computes_in_bfloat16", lambda device: False)
+    monkeypatch.setattr(sys.modules["taylored._oracle.measure"], "computes_in_bfloat16", lambda device: False)
     model, batches = nets.small("chain"), [task()]
     graph = trace(model, nets.inputs(1))
     with pytest.warns(UserWarning, match="no bfloat16 arithmetic"):
@@ -278,7 +278,7 @@ def test_a_killed_run_goes_on_where_it_was(monkeypatch, tmp_path):
     model, batches = nets.small("concatenation"), [task(5), task(5, seed=1)]
     graph = trace(model, nets.inputs(1))
     expected = oracle(model, graph, batches, cross_entropy, memory="60kB", progress=False)
-    monkeypatch.setattr(sys.modules["taylored.oracle"], "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(sys.modules["taylored._oracle.journal"], "SAVE_EVERY", 0.0)
     replay, steps = Replay.replay, []
 
     def dying(self, *arguments):

@@ -152,12 +152,21 @@ def test_a_bundle_that_would_not_keep_its_share_is_refused():
             PrunePlan.of(graph, {**removed, name: torch.arange(count)})
 
 
-def test_a_graph_with_bundles_goes_on_without_the_model_where_it_knows_the_layouts():
-    graph = graph_of("dealt")
-    plan = random_plan(graph, 0.5)
-    assert random_plan(pickle.loads(pickle.dumps(graph)), 0.5) == plan
-    with pytest.raises(ValueError, match="trace it anew"):
-        make_plan(pickle.loads(pickle.dumps(graph_of("dealt"))), scores_of(graph), target_flops=0.5)
+def test_a_graph_with_bundles_that_comes_from_elsewhere_asks_for_the_model():
+    model = nets.small("dealt")
+    graph = trace(model, nets.inputs())
+    there = pickle.loads(pickle.dumps(graph))
+    assert random_plan(there, 0.5, model=model) == random_plan(graph, 0.5)
+    assert make_plan(there, scores_of(graph), target_flops=0.5, model=model) == make_plan(
+        graph, scores_of(graph), target_flops=0.5
+    )
+    for plan in (lambda: make_plan(there, scores_of(graph), target_flops=0.5), lambda: random_plan(there, 0.5)):
+        with pytest.raises(PlanError, match="give model="):
+            plan()
+    with pytest.raises(PlanError, match="give model="):
+        PrunePlan.of(there, random_plan(graph, 0.5).removed)
+    with pytest.raises(ValueError, match="does not fit"):
+        random_plan(there, 0.5, model=nets.small("chain"))
 
 
 def test_a_bundle_has_one_row():

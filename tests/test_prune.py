@@ -8,9 +8,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from taylored import PlanError, load, prune
-from taylored.checkpoint import CheckpointError
-from taylored.prune import updates
+from taylored import CheckpointError, PlanError, load, prune
+from taylored._prune import updates
 
 
 def data(batches=4, seed=0):
@@ -227,7 +226,7 @@ def test_a_nan_loss_abandons_the_round_and_the_checkpoint_stands(tmp_path):
     assert all(p.isfinite().all() for p in model.parameters())
     assert not any(m._forward_pre_hooks for m in model.modules())
     fresh = nets.small().eval()
-    plan = load(tmp_path / "c", fresh)
+    plan = load(fresh, tmp_path / "c")
     assert plan.removed and fresh(nets.inputs()).isfinite().all()
 
 

@@ -12,7 +12,7 @@ from random_nets import random_nets, random_trunks
 from torch.nn.functional import cross_entropy
 
 import taylored
-from taylored.trace import zeroed
+from taylored._masking import zeroed
 
 OPTIONS = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
 

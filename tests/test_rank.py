@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from test_cli import folder
 
 import taylored
-from taylored import data, zoo
-from taylored.cli import main
+from taylored._cli import data, zoo
+from taylored._cli.main import main
+from taylored._cli.rank import mean_loss
+from taylored._oracle.exact import Replay
 from taylored.criteria import CRITERIA
-from taylored.rank import mean_loss
-from taylored.replay import Replay
 
 QUICK = ["--train-epochs", "1", "--examples", "48", "--batch-size", "24", "--threads", "1"]
 SAMPLED = [*QUICK, "--units", "5"]
@@ -37,7 +37,7 @@ def summary(finished):
 @pytest.fixture(scope="module")
 def model(finished):
     model = zoo.small_vgg()
-    taylored.load(finished / "trained.safetensors", model)
+    taylored.load(model, finished / "trained.safetensors")
     return model.eval()
 
 
@@ -170,12 +170,12 @@ def test_a_pretrained_body_stays_as_it_is_and_a_new_last_layer_is_trained(tmp_pa
     torch.manual_seed(1)
     pretrained = zoo.small_vgg(10, 3)
     torch.save(pretrained.state_dict(), tmp_path / "vgg.pth")
-    (tmp_path / "net.py").write_text("from taylored.zoo import small_vgg\ndef make():\n    return small_vgg(10, 3)\n")
+    (tmp_path / "net.py").write_text("from taylored._cli.zoo import small_vgg\ndef make():\n    return small_vgg(10, 3)\n")
     arguments = ["rank", "--data", str(folder(tmp_path / "data")), "--model", f"{tmp_path / 'net.py'}:make"]
     arguments += ["--weights", str(tmp_path / "vgg.pth"), "--image-size", "16", "--batch-size", "4", "--train-epochs", "1"]
     assert main([*arguments, "--examples", "8", "--units", "2", "--criteria", "taylor", "--out", str(tmp_path / "out")]) == 0
     trained = zoo.small_vgg(2, 3)
-    taylored.load(tmp_path / "out" / "trained.safetensors", trained)
+    taylored.load(trained, tmp_path / "out" / "trained.safetensors")
     for (name, was), now in zip(pretrained.state_dict().items(), trained.state_dict().values(), strict=True):
         assert name.startswith("classifier") or torch.equal(was, now), name
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from taylored import PrunePlan, latency, report, trace
+from taylored import PrunePlan, trace
+from taylored._cli import latency, report
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_flatten
 
 import taylored
-from taylored import PlanError, PrunePlan, compact, random_plan, restore, trace
+from taylored import PlanError, PrunePlan, Removed, compact, random_plan, restore, trace
 
 
 def everything(model, optimizers=(), also=()):
@@ -134,7 +134,8 @@ def test_what_is_kept_survives_a_file_and_a_copy(tmp_path):
     before = everything(model)
     removed = compact(model, random_plan(trace(model, x), 0.5), keep_removed=True)
     torch.save({"model": model.state_dict(), "removed": removed}, tmp_path / "f.pt")
-    there = torch.load(tmp_path / "f.pt", weights_only=True)
+    with torch.serialization.safe_globals([PrunePlan, Removed]):
+        there = torch.load(tmp_path / "f.pt", weights_only=True)
     other = copy.deepcopy(model)
     other.load_state_dict(there["model"])
     restore(other, there["removed"])

@@ -402,10 +402,10 @@ def test_the_places_of_a_channel_stay_in_order_or_it_stays(spread, shuffle):
     check(model, nets.inputs())
 
 
-def test_a_layout_says_where_every_channel_goes():
+def test_a_narrower_graph_says_where_every_channel_goes():
     """The net as it is at each width, run with numbers in the place of its channels."""
     graph = trace(model := nets.small("dealt"), nets.inputs())
-    for (width,), layout in graph.narrower():
+    for (width,), narrow in graph.narrower():
         stem = torch.arange(2 * width)
         made = [torch.arange(width) + 100 * (n + 1) for n in range(3)]
         x, consumed = stem, {}
@@ -413,13 +413,13 @@ def test_a_layout_says_where_every_channel_goes():
             left, consumed[f"blocks.{n}"] = x.chunk(2)
             x = torch.cat([left, made[n]]).view(2, width).t().flatten()
         consumed["head"] = x
-        for group in layout.groups:
+        for group in narrow.groups:
             producer, consumer = group.name.split("->")
             numbers = stem if producer == "stem" else made[int(producer[-1])]
             filters = numbers[group.slots[f"{producer}.weight", 0][:, 0]]
             assert torch.equal(consumed[consumer][group.inputs[consumer][:, 0]], filters)
-        assert sum(g.units for g in layout.groups) == 5 * width == layout.units
-        assert layout.flops < graph.flops and model is layout.alive
+        assert sum(g.units for g in narrow.groups) == 5 * width == narrow.units
+        assert narrow.flops < graph.flops and narrow.rehearser.name_of(model) == ""
 
 
 def test_pixel_shuffle_ties_the_channels_of_one_output_channel_alone():

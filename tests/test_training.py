@@ -17,7 +17,7 @@ from torch.optim import lr_scheduler, swa_utils
 from torchvision import models
 
 import taylored
-from taylored import TaylorScorer, compact, make_plan, random_plan, trace
+from taylored import PrunePlan, TaylorScorer, compact, make_plan, random_plan, trace
 
 X, Y = nets.inputs(8, dtype=torch.float64), torch.arange(8) % 5
 
@@ -182,7 +182,8 @@ def test_a_script_goes_on_from_a_file_of_its_own(tmp_path, kind):
     compact(model, plan, optimizer=optimizer, release=True)
     step(model, optimizer, X, Y)
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "plan": plan}, tmp_path / "f.pt")
-    there = torch.load(tmp_path / "f.pt", weights_only=True)
+    with torch.serialization.safe_globals([PrunePlan]):
+        there = torch.load(tmp_path / "f.pt", weights_only=True)
     assert there["plan"] == plan and there["plan"].summary() == plan.summary()
     fresh = nets.small("depthwise", seed=1, dtype=torch.float64).train()
     compact(fresh, there["plan"])

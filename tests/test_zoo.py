@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from taylored import zoo
-from taylored.zoo import ModelError
+from taylored._cli import zoo
+from taylored._cli.zoo import ModelError
 
 
 def renamed(state, counters=True):

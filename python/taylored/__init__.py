@@ -1,24 +1,27 @@
 """Networks tailored by Taylor: find the channels a trained CNN does not need, remove them in place, retrain."""
 
-import torch
-
-from taylored import criteria
-from taylored.checkpoint import CheckpointError, load, save
-from taylored.compact import Removed, compact, masked, restore
+from taylored import criteria, ops
+from taylored._checkpoint import load, save
+from taylored._compact import Removed, compact, restore
+from taylored._errors import CheckpointError, ExportError, PlanError, TraceError
+from taylored._export import export
+from taylored._graph.rules import trace_rule
+from taylored._graph.tracing import trace
+from taylored._graph.values import ChannelGraph, Group
+from taylored._masking import masked
+from taylored._oracle.measure import oracle
+from taylored._plan import PrunePlan, diff, rehearse
+from taylored._planning import make_plan, random_plan
+from taylored._prune import PruneResult, prune
+from taylored._score import TaylorScorer
 from taylored.criteria import spearman
-from taylored.export import ExportError, export
-from taylored.labels import TraceError
-from taylored.oracle import oracle
-from taylored.plan import PlanError, PrunePlan, diff, make_plan, random_plan, rehearse
-from taylored.prune import PruneResult, prune
-from taylored.rules import trace_rule
-from taylored.score import TaylorScorer
-from taylored.trace import ChannelGraph, Group, trace
 
-# Plain values: torch.load(..., weights_only=True) may make them, and a checkpoint of one's own may hold them.
-torch.serialization.add_safe_globals([PrunePlan, Removed])
+# Where they live is nobody's business: pickles and pages name them as they are imported.
+for _public in (ChannelGraph, Group, PrunePlan, PruneResult, Removed, TaylorScorer):
+    _public.__module__ = __name__
+del _public
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "ChannelGraph",
     "CheckpointError",
@@ -37,6 +40,7 @@ __all__ = [
     "load",
     "make_plan",
     "masked",
+    "ops",
     "oracle",
     "prune",
     "random_plan",

@@ -2,7 +2,7 @@
 
 import sys
 
-from taylored.cli import main
+from taylored._cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

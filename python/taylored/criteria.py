@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from taylored import ops
-from taylored.oracle import oracle
-from taylored.score import TaylorScorer
-from taylored.trace import ChannelGraph, Group, check_fit, count_examples, in_mode, run_on, unwrapped
+from taylored._graph.values import ChannelGraph, Group, check_fit
+from taylored._modules import batch_norms, count_examples, in_mode, run_on, unwrapped
+from taylored._oracle.measure import oracle
+from taylored._score import TaylorScorer
 
 Scores = dict[str, torch.Tensor]
 BINS = 8  # of equal frequency, into which mutual information sorts a unit's activations
@@ -192,7 +193,7 @@ def _observe(model, graph, batches, visit) -> None:
                 run_on(model, inputs)
                 examples = count_examples(inputs)
                 for group in graph.groups:
-                    statistics, elements = 0, 0
+                    statistics, elements = torch.zeros(()), 0
                     for name, slots in group.inputs.items():
                         for found, positions in caught.get(name, ()):
                             # A consumer may see each example several times (frames folded into the batch): [3, N, times, C].
@@ -228,7 +229,9 @@ def weight_mean_square(model: nn.Module, graph: ChannelGraph, batches: Iterable,
 def geometric_median(model: nn.Module, graph: ChannelGraph, batches: Iterable, loss_fn: Callable) -> Scores:
     """Sum of the distances to all other units' filters: what lies in the middle can be replaced by the others (FPGM, He et
     al., arXiv:1811.00250, equation 6)."""
-    return _of_filters(model, graph, lambda filters: sum(torch.cdist(w, w).square() for w in filters).sqrt().sum(1))
+    return _of_filters(
+        model, graph, lambda filters: torch.stack([torch.cdist(w, w).square() for w in filters]).sum(0).sqrt().sum(1)
+    )
 
 
 def lamp(model: nn.Module, graph: ChannelGraph, batches: Iterable, loss_fn: Callable) -> Scores:
@@ -247,10 +250,12 @@ def lamp(model: nn.Module, graph: ChannelGraph, batches: Iterable, loss_fn: Call
 def batch_norm_scale(model: nn.Module, graph: ChannelGraph, batches: Iterable, loss_fn: Callable) -> Scores:
     """Mean of |gamma| over the unit's channels in all its batch norms (network slimming, Liu et al., arXiv:1708.06519)."""
     model = unwrapped(model)
-    norms = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    norms = {
+        name: model.get_parameter(name) for name in (f"{norm}.weight" for norm in batch_norms(model)) if name in graph.shapes
+    }
     scores = {}
     for group in graph.groups:
-        scales = [norms[t].weight.detach().double().cpu()[slots] for (t, _), slots in group.slots.items() if t in norms]
+        scales = [norms[t].detach().double().cpu()[slots] for (t, _), slots in group.slots.items() if t in norms]
         if scales:
             scores[group.name] = torch.cat(scales, 1).abs().mean(1)
     return scores

@@ -7,12 +7,10 @@ are float32 over short stretches whose totals are added in float64 (float64 thro
 bits whatever the number of threads.
 """
 
-import itertools
-import weakref
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from taylored import _library
 
@@ -135,10 +133,10 @@ def is_dense(x: Tensor) -> bool:
     return x.is_contiguous() or all(s == 1 or a == b for s, a, b in zip(x.shape, x.stride(), packed_strides(x.shape, x)))
 
 
-def packed_strides(shape: list[int], like: Tensor) -> list[int]:
+def packed_strides(shape: Sequence[int], like: Tensor) -> list[int]:
     """Strides of dense memory of that shape, its dimensions nested as those of `like`."""
     strides, step = [0] * len(shape), 1
-    order = range(len(shape) - 1, -1, -1)
+    order = list(range(len(shape) - 1, -1, -1))
     if not like.is_contiguous():  # a stable sort: equal strides (dimensions of size one) keep contiguous order
         order = sorted(order, key=like.stride)
     for dim in order:
@@ -191,74 +189,3 @@ def _(x, counts, dims, keep):
 
 def _sum_dtype(x):
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-# -- the gate ----------------------------------------------------------------------------------------------------------
-
-Recorder = Callable[[Tensor, Tensor, int], None]
-_recorders: dict[int, Recorder] = {}
-_keys: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()
-_counter = itertools.count()
-
-
-def gate_key(module: nn.Module) -> int:
-    """A number that stays the module's own, so that a compiled graph with its gate in it can be used again."""
-    if module not in _keys:
-        _keys[module] = next(_counter)
-    return _keys[module]
-
-
-def set_recorder(key: int, recorder: Recorder | None) -> None:
-    """What the gates with this key do with (input, gradient, task) in the backward pass; None: nothing."""
-    if recorder is None:
-        _recorders.pop(key, None)
-    else:
-        _recorders[key] = recorder
-
-
-@torch.library.custom_op("taylored::record", mutates_args=("token",))
-def _record(token: Tensor, x: Tensor, g: Tensor, key: int, task: int) -> None:
-    # The token is never written: declaring it mutated keeps the call in compiled graphs, where it would look unused.
-    if key in _recorders:
-        _recorders[key](x, g, task)
-
-
-@_record.register_fake
-def _(token, x, g, key, task):
-    return None
-
-
-@torch.library.custom_op("taylored::mark", mutates_args=())
-def mark(x: Tensor, number: int) -> Tensor:
-    """x, with a number that is found again in an exported program."""
-    return x.clone()
-
-
-@mark.register_fake
-def _(x, number):
-    return torch.empty_like(x)
-
-
-MARK = _ops.mark.default
-
-
-class _Gate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, anchor, token, key, task):
-        ctx.save_for_backward(x)
-        ctx.token, ctx.key, ctx.task = token, key, task  # not saved: gates that share a token all declare to change it
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        torch.ops.taylored.record(ctx.token, x, g, ctx.key, ctx.task)
-        return g, None, None, None, None
-
-
-def gate(x: Tensor, anchor: Tensor, token: Tensor, key: int, task: int = -1) -> Tensor:
-    """Identity whose backward hands (x, gradient, task) to the recorder of `key`. Copies nothing: x is a consumer's input,
-    which its weight's gradient needs anyway. anchor: a scalar that requires a gradient, so that the gate is reached even
-    where all weights before it are frozen; token: a scalar that does not; task: the backward pass
-    that is going on, or -1."""
-    return _Gate.apply(x, anchor, token, key, task)

@@ -4,6 +4,7 @@ Names are torchvision's, `timm:NAME`, `small_vgg`, or `file.py:function`. Weight
 a file, whose tensors are matched by name or, where no name agrees, by order and shape.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
@@ -12,12 +13,13 @@ import pickle
 import sys
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from taylored.data import IMAGENET
-from taylored.trace import in_mode
+from taylored._cli.data import IMAGENET
+from taylored._modules import in_mode
 
 COUNTER = "num_batches_tracked"  # batch norm's: some files have it, some do not, and nothing depends on it
 
@@ -48,10 +50,11 @@ def build(name: str, weights: str, num_classes: int | None, *, channels: int = 3
     if weights not in ("none", "DEFAULT") and not Path(weights).is_file():
         raise ModelError(f"--weights {weights}: no such file; expected 'none', 'DEFAULT', or a .safetensors, .pth or .pt file")
     pretrained = weights == "DEFAULT"
+    config: dict = {}
     if name == "small_vgg":
-        model, config = small_vgg(num_classes or 10, channels), {}
+        model = small_vgg(num_classes or 10, channels)
     elif ".py:" in name:
-        model, config = _from_file(name, num_classes), {}
+        model = _from_file(name, num_classes)
     elif name.startswith("timm:"):
         model, config = _from_timm(name.removeprefix("timm:"), pretrained)
     else:
@@ -70,8 +73,8 @@ def build(name: str, weights: str, num_classes: int | None, *, channels: int = 3
         notes.append(f"replaced the last layer, {head}: {_outputs(model.get_submodule(head))} -> {num_classes} classes")
         replace_head(model, head, num_classes)
         new_head = head
-    notes = tuple(note for note in notes if note)
-    return Network(model, new_head, channels, image_size, config.get("mean"), config.get("std"), notes)
+    told = tuple(note for note in notes if note)
+    return Network(model, new_head, channels, image_size, config.get("mean"), config.get("std"), told)
 
 
 def small_vgg(num_classes: int = 10, in_channels: int = 1) -> nn.Module:
@@ -116,10 +119,10 @@ def find_head(model: nn.Module, example: torch.Tensor) -> str:
 
 def replace_head(model: nn.Module, name: str, num_classes: int) -> None:
     """Put a new layer of the same kind, with `num_classes` outputs and fresh weights, in place of the one called `name`."""
-    old = model.get_submodule(name)
-    bias = old.bias is not None
-    if isinstance(old, nn.Conv2d):
-        new = nn.Conv2d(old.in_channels, num_classes, old.kernel_size, old.stride, old.padding, bias=bias)
+    old: Any = model.get_submodule(name)
+    is_convolution, bias = isinstance(old, nn.Conv2d), old.bias is not None
+    if is_convolution:
+        new: nn.Module = nn.Conv2d(old.in_channels, num_classes, old.kernel_size, old.stride, old.padding, bias=bias)
     else:
         new = nn.Linear(old.in_features, num_classes, bias=bias)
     parent, _, leaf = name.rpartition(".")
@@ -164,6 +167,7 @@ def read_weights(path: str) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     expected = "expected a state dict in a .safetensors, .pth or .pt file"
+    state: Any
     try:
         if Path(path).suffix == ".safetensors":
             state = load_file(path)
@@ -231,25 +235,36 @@ def _from_file(name, num_classes):
     path, _, function = name.rpartition(":")
     if not Path(path).is_file():
         raise ModelError(f"--model {name}: there is no file {path}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(Path(path).absolute().parent))  # as for `python file.py`: it may import its neighbours
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file raises
-        raise ModelError(f"--model {name}: running {path} raised {type(error).__name__}: {error}") from error
-    make = getattr(module, function, None)
-    if not callable(make):
-        raise ModelError(f"--model {name}: {path} has no function {function!r}")
-    parameters = inspect.signature(make).parameters.values()
-    takes = any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters)
-    try:
-        model = make(num_classes=num_classes) if takes and num_classes else make()
-    except Exception as error:
-        raise ModelError(f"--model {name}: {function} raised {type(error).__name__}: {error}") from error
+    with _neighbours_importable(Path(path)):
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # whatever the user's file raises
+            raise ModelError(f"--model {name}: running {path} raised {type(error).__name__}: {error}") from error
+        make = getattr(module, function, None)
+        if not callable(make):
+            raise ModelError(f"--model {name}: {path} has no function {function!r}")
+        parameters = inspect.signature(make).parameters.values()
+        takes = any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters)
+        try:
+            model = make(num_classes=num_classes) if takes and num_classes else make()
+        except Exception as error:
+            raise ModelError(f"--model {name}: {function} raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"--model {name}: {function} returned a {type(model).__name__}; expected a torch.nn.Module")
     return model
+
+
+@contextlib.contextmanager
+def _neighbours_importable(file: Path):
+    """Within the context a file may import what lies beside it, as for `python file.py`."""
+    before = list(sys.path)
+    sys.path.insert(0, str(file.absolute().parent))
+    try:
+        yield
+    finally:
+        sys.path[:] = before
 
 
 def _download(name, create):

@@ -10,8 +10,9 @@ import math
 import os
 from pathlib import Path
 
-from taylored.files import write_atomically
-from taylored.plan import PrunePlan
+from taylored._files import write_atomically
+from taylored._plan import PrunePlan
+from taylored._tables import text_table
 
 BLUE, ORANGE, GREY, LIGHT, INK = "#0072B2", "#D55E00", "#8A8F98", "#DFE3E8", "#22262B"  # Okabe and Ito's blue and vermilion
 ROW = 0.19  # inches per group
@@ -28,20 +29,15 @@ def rows(summary: dict) -> list[tuple[str, str, str, str]]:
         ("latency_ms", "latency per image", " ms"),
     ):
         before, after = summary[f"{key}_before"], summary[f"{key}_after"]
-        shown = [f"{v:.3g}{unit}" if unit else f"{v}" if key == "units" else short(v) for v in (before, after)]
+        old, new = (f"{v:.3g}{unit}" if unit else f"{v}" if key == "units" else short(v) for v in (before, after))
         change = f"{before / after:.2f}x as fast" if unit else f"{after / before:.1%} left"
-        table.append((name, *shown, change))
+        table.append((name, old, new, change))
     return table
 
 
 def table(summary: dict) -> str:
     """The rows as text, in columns."""
-    lines = [("", "before", "after", "change"), *rows(summary)]
-    widths = [max(len(line[i]) for line in lines) for i in range(4)]
-    return "\n".join(
-        f"  {name:<{widths[0]}}  {before:>{widths[1]}}  {after:>{widths[2]}}  {change:>{widths[3]}}"
-        for name, before, after, change in lines
-    )
+    return text_table(("", "before", "after", "change"), rows(summary))
 
 
 def short(number: float) -> str:
@@ -52,7 +48,7 @@ def short(number: float) -> str:
     return f"{number:.3g}"
 
 
-def write(path: str | os.PathLike, summary: dict, history: list[dict], plan: PrunePlan) -> None:
+def write(summary: dict, history: list[dict], plan: PrunePlan, path: str | os.PathLike) -> None:
     """Write the page, atomically."""
     pictures = [
         (

@@ -1,7 +1,7 @@
 """A classifier and its images, made ready: what every command does before its own work.
 
 The options are checked, the model is built, given its weights and traced, and its last layer (or, without weights, all of
-it) is trained. In: the command's options. Out: a `Job`, and in --out the trained model and the journal.
+it) is trained. In: the command's options. Out: a `Job`, and in --out the trained model and the log.
 """
 
 import argparse
@@ -17,11 +17,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from taylored import data, zoo
-from taylored.checkpoint import difference, load, read, save
-from taylored.files import write_atomically
-from taylored.plan import PrunePlan
-from taylored.trace import ChannelGraph, trace
+from taylored._checkpoint import difference, load, read, save
+from taylored._cli import data, zoo
+from taylored._cli.log import Log
+from taylored._files import write_atomically
+from taylored._graph.tracing import trace
+from taylored._graph.values import ChannelGraph
+from taylored._plan import PrunePlan
 
 TRAINED, CHECKPOINT, METRICS, SUMMARY = "trained.safetensors", "checkpoint.safetensors", "metrics.jsonl", "summary.json"
 # Options that do not change the result: a run may be resumed with others.
@@ -41,16 +43,13 @@ class Job:
     device: torch.device
     source: data.Source
     network: zoo.Network
+    example: torch.Tensor
     graph: ChannelGraph
     settings: dict  # what determines the result
 
     @property
     def model(self) -> nn.Module:
         return self.network.model
-
-    @property
-    def example(self) -> torch.Tensor:
-        return torch.zeros(1, self.network.channels, self.network.image_size, self.network.image_size, device=self.device)
 
 
 def prepare(options: argparse.Namespace) -> Job:
@@ -73,11 +72,11 @@ def prepare(options: argparse.Namespace) -> Job:
     for note in network.notes:
         print(note)
     # Convolutions are fastest in this layout: twice as fast as in the other, where they are depthwise and on a CPU.
-    network.model.to(device, memory_format=torch.channels_last)
-    job = Job(options, out, device, source, network, None, _settings(options, source, network))
-    graph = trace(network.model, job.example)
+    network.model.to(device).to(memory_format=torch.channels_last)
+    example = torch.zeros(1, network.channels, network.image_size, network.image_size, device=device)
+    graph = trace(network.model, example)
     print(graph)
-    return dataclasses.replace(job, graph=graph)
+    return Job(options, out, device, source, network, example, graph, _settings(options, source, network))
 
 
 def _settings(options, source, network) -> dict:
@@ -117,13 +116,13 @@ def images(job: Job) -> tuple[data.Batches, data.Batches]:
     return job.source.load(s["image_size"], job.network.channels, s["mean"], s["std"], s["batch_size"], job.options.workers)
 
 
-def fit(job: Job, batches: data.Batches, journal: "Journal", resumed: bool) -> None:
+def fit(job: Job, batches: data.Batches, log: Log, resumed: bool) -> None:
     """Train the model and save it, or take it from --out."""
     if resumed:
-        load(job.out / TRAINED, job.model)
+        load(job.model, job.out / TRAINED)
     else:
-        _train(job, batches, journal)
-        save(job.out / TRAINED, job.model, PrunePlan.of(job.graph, {}), extra={"settings": job.settings})
+        _train(job, batches, log)
+        save(job.model, PrunePlan.of(job.graph, {}), job.out / TRAINED, extra={"settings": job.settings})
 
 
 def _matches(job) -> bool:
@@ -137,7 +136,7 @@ def _matches(job) -> bool:
     return True
 
 
-def _train(job, batches, journal) -> None:
+def _train(job, batches, log) -> None:
     """Before pruning: everything where there are no weights, the new last layer alone where there are."""
     s, model, head = job.settings, job.model, job.network.new_head
     scratch = s["weights"] == "none"
@@ -163,9 +162,7 @@ def _train(job, batches, journal) -> None:
             total += loss.item()
         if not math.isfinite(total):
             raise FloatingPointError(f"training epoch {epoch}: the loss is {total}; try a lower learning rate than {lr}")
-        journal.write(
-            {"event": "train_epoch", "epoch": epoch, "loss": total / len(batches), "seconds": time.perf_counter() - since}
-        )
+        log.write({"event": "train_epoch", "epoch": epoch, "loss": total / len(batches), "seconds": time.perf_counter() - since})
     for p, was in wanted.items():
         p.requires_grad_(was)
 
@@ -183,39 +180,6 @@ def accuracy(model: nn.Module, batches, device: torch.device) -> float:
         right += int((model(inputs.to(device)).argmax(1).cpu() == labels).sum())
         count += len(labels)
     return right / count
-
-
-class Journal:
-    """metrics.jsonl: one line per event, on disk as soon as it happens, and a shorter one on the terminal."""
-
-    def __init__(self, path: Path):
-        whole = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []  # without a torn last line
-        write_atomically(path, "".join(f"{line}\n" for line in whole).encode())
-        earlier = json.loads(whole[-1])["elapsed"] if whole else 0.0  # of the run that is resumed
-        self.since = time.perf_counter() - earlier
-        self.path = path
-
-    def elapsed(self) -> float:
-        """Seconds that the run has taken, without the time between an interruption and --resume."""
-        return time.perf_counter() - self.since
-
-    def write(self, event: dict) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(event | {"elapsed": round(self.elapsed(), 3)}) + "\n")
-        if event["event"] != "latency":
-            print(_line(event), flush=True)
-
-
-def _line(event) -> str:
-    number = event.get("round", event.get("epoch", ""))
-    words = [f"{event['event'].replace('_', ' ')} {number}".ljust(18)]
-    if "flops" in event:
-        words += [f"{event['flops_left']:6.1%} of the FLOPs", f"{event['units']:6d} units"]
-    if event.get("loss") is not None:
-        words.append(f"loss {event['loss']:.4f}")
-    if "accuracy" in event:
-        words.append(f"accuracy {event['accuracy']:.2%}")
-    return "  ".join([*words, f"{event['seconds']:.1f} s"])
 
 
 def _folder(name: str) -> Path:

@@ -92,13 +92,19 @@ class Batches:
 
     A training epoch is shuffled and leaves out an incomplete last batch: batch norm cannot train on a single image."""
 
-    def __init__(self, images: Dataset, batch_size: int, mean, std, train: bool, workers: int = 0):
+    def __init__(self, images: "Digits | Files", batch_size: int, mean, std, train: bool, workers: int = 0):
         self.images = images
         self.mean, self.std = mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
         drop = train and len(images) > batch_size
-        keep = {"persistent_workers": True} if workers else {}
-        self.loader = DataLoader(
-            images, batch_size, shuffle=train, drop_last=drop, num_workers=workers, collate_fn=_as_they_are, **keep
+        self.batch_size = batch_size
+        self.loader: DataLoader = DataLoader(
+            images,
+            batch_size,
+            shuffle=train,
+            drop_last=drop,
+            num_workers=workers,
+            collate_fn=_as_they_are,
+            persistent_workers=workers > 0,
         )
 
     def __len__(self) -> int:
@@ -112,7 +118,7 @@ class Batches:
         """So many of the images (or all there are), drawn at random once, crops and all: the same at every iteration."""
         pixels, labels = self.images.__getitems__(torch.randperm(len(self.images))[:examples].tolist())
         drawn = Digits(pixels, labels, shift=0)
-        return Batches(drawn, self.loader.batch_size, self.mean.flatten(), self.std.flatten(), train=False)
+        return Batches(drawn, self.batch_size, self.mean.flatten(), self.std.flatten(), train=False)
 
 
 def _as_they_are(batch):

@@ -1,91 +1,19 @@
-"""The command: `taylored prune` takes a classifier and a folder of images, and leaves a smaller one and a report;
-`taylored rank` judges the criteria instead (rank.py), `taylored export` writes what was pruned for other runtimes.
-
-`prune` is the walk-through of arXiv:1611.06440 end to end: fit the last layer to the classes, train, rank, prune and
-fine-tune in rounds, and measure what came of it. Everything it decides is an option; everything it writes lies in --out.
-"""
+"""What the command understands: its options, their defaults, and what a wrong one is told."""
 
 import argparse
-import copy
-import ctypes
-import json
 import math
-import platform
-import sys
-from pathlib import Path
 
-import torch
-from torch import nn
-
-import taylored
-from taylored import data, latency, report, zoo
-from taylored.checkpoint import CheckpointError, load, read
+from taylored._export import FORMATS
+from taylored._oracle.measure import PRECISIONS, parse_memory
+from taylored._planning import NORMS
 from taylored.criteria import CRITERIA
-from taylored.export import FORMATS, ExportError, export
-from taylored.files import write_atomically
-from taylored.job import (
-    CHECKPOINT,
-    METRICS,
-    SUMMARY,
-    TRAINED,
-    Journal,
-    OutError,
-    accuracy,
-    begin,
-    cosine,
-    fit,
-    images,
-    prepare,
-)
-from taylored.labels import TraceError
-from taylored.oracle import PRECISIONS, parse_memory
-from taylored.plan import NORMS, PlanError, make_plan
-from taylored.prune import updates
-from taylored.rank import rank
-
-PRUNED, REPORT = "pruned.safetensors", "report.html"
-ERRORS = (data.DataError, zoo.ModelError, CheckpointError, PlanError, TraceError, ExportError, FloatingPointError)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0, 2 for what the options can mend, 1 for the disk, 130 when interrupted."""
-    options = parser().parse_args(arguments)
-    _keep_freed_memory()
-    try:
-        {"prune": prune, "rank": rank, "export": export_file}[options.command](options)
-    except (*ERRORS, OutError) as error:
-        print(f"taylored: {_one_line(error)}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, a file that vanished: it says which
-        print(f"taylored: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ntaylored: interrupted; the same command with --resume goes on from there", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _keep_freed_memory() -> None:
-    """Let the process keep the memory that tensors leave behind. glibc hands every large block back to the kernel and gets it
-    again page by page, at each layer of each step: a training step on a CPU took 1.5 times as long."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: mallopt(3)
-            libc.mallopt(option, 2**31 - 1)
-
-
-def _one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    if lines[0].startswith("Caught "):  # a worker process hands its error over behind its traceback and its type
-        return lines[-1].partition("Error: ")[2]
-    return " ".join(lines)
-
-
-def parser() -> argparse.ArgumentParser:
+def parser(version: str) -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="taylored", description="Networks tailored by Taylor: prune a trained CNN's channels and retrain."
     )
-    top.add_argument("--version", action="version", version=f"taylored {taylored.__version__}")
+    top.add_argument("--version", action="version", version=f"taylored {version}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, add, line, description in (
         (
@@ -295,92 +223,3 @@ def _fraction_above_0(text):
     if value == 0:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a number above 0 and at most 1")
     return value
-
-
-def prune(options: argparse.Namespace) -> dict:
-    """The whole walk-through; returns the summary that it also writes to --out."""
-    job = prepare(options)
-    # The budget is checked with any scores at all: whether it can be met depends on counts alone.
-    even = {group.name: torch.ones(group.units) for group in job.graph.groups}
-    make_plan(job.graph, even, **_planning(options))
-    resumed = begin(job, (TRAINED, CHECKPOINT, PRUNED, METRICS, SUMMARY, REPORT))
-    journal = Journal(job.out / METRICS)
-    train, test = images(job)
-    fit(job, train, journal, resumed)
-    original = copy.deepcopy(job.model)
-    result = _prune(job, train, test, journal)
-    summary = _summarise(job, original, result, journal)
-    print(f"\n{report.table(summary)}\n")
-    print(f"report: {job.out / REPORT}\nmodel:  {job.out / PRUNED}")
-    return summary
-
-
-def export_file(options: argparse.Namespace) -> None:
-    """Build, load, write, and say what was written."""
-    extra = read(options.pruned)[2]["extra"]
-    settings = extra.get("summary", extra).get("settings", {})
-    name = options.model or settings.get("model")
-    classes = options.classes or len(settings.get("classes", ())) or None
-    if not name:
-        raise CheckpointError(f"{options.pruned} does not say what model it was pruned from: give --model")
-    size, channels = options.image_size or settings.get("image_size"), settings.get("channels", 3)
-    network = zoo.build(name, "none", classes, channels=channels, image_size=size)
-    load(options.pruned, network.model)
-    example = torch.randn(options.batch or 2, network.channels, network.image_size, network.image_size)
-    difference = export(network.model, example, options.out, any_batch=options.batch is None)
-    shape = "x".join(map(str, (options.batch or "any", *example.shape[1:])))
-    checked = f"outputs within {difference:.1g} of the largest" if difference is not None else "not run: onnxruntime is missing"
-    print(f"{options.out}: images {shape}, {Path(options.out).stat().st_size / 1e6:.2f} MB; {checked}")
-
-
-def _planning(options) -> dict:
-    names = ("target_flops", "normalize", "flops_weight", "round_to", "min_units", "max_ratio", "ignore")
-    return {name: getattr(options, name) for name in names}
-
-
-def _prune(job, train, test, journal) -> taylored.PruneResult:
-    """Rank, cut and fine-tune, at a constant learning rate until the last cut and a falling one after it."""
-    s = job.settings
-    optimizer = torch.optim.AdamW(job.model.parameters(), lr=s["lr"], weight_decay=s["weight_decay"])
-    cutting = updates(train, s["rounds"], s["round_epochs"], 0)
-    tuning = max(1, updates(train, s["rounds"], s["round_epochs"], s["final_epochs"]) - cutting)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(max(0, step - cutting) / tuning))
-    return taylored.prune(
-        job.model,
-        train,
-        nn.CrossEntropyLoss(),
-        optimizer,
-        job.example,
-        **_planning(job.options),
-        rounds=s["rounds"],
-        round_epochs=s["round_epochs"],
-        final_epochs=s["final_epochs"],
-        reduction=s["reduction"],
-        freeze_statistics=s["batch_norm"] == "frozen",
-        evaluate=lambda model: accuracy(model, test, job.device),
-        scheduler=schedule,
-        checkpoint=job.out / CHECKPOINT,
-        resume=job.options.resume,
-        progress=sys.stderr.isatty(),
-        log=lambda event: journal.write(event | {"flops_left": event["flops"] / job.graph.flops}),
-    )
-
-
-def _summarise(job, original, result, journal) -> dict:
-    """Measure, and write what is left: the model, the summary and the report."""
-    size = job.options.latency_batch
-    before, after = latency.milliseconds_per_image([original, job.model], job.example.repeat(size, 1, 1, 1))
-    journal.write({"event": "latency", "batch": size, "latency_ms_before": before, "latency_ms_after": after})
-    first, last = result.history[0], result.history[-1]
-    summary = {
-        f"{key}_{when}": e[key]
-        for key in ("accuracy", "flops", "params", "units")
-        for when, e in (("before", first), ("after", last))
-    }
-    summary |= {"latency_ms_before": before, "latency_ms_after": after, "seconds": round(journal.elapsed(), 1)}
-    machine = {"device": str(job.device), "threads": torch.get_num_threads(), "latency_batch": size, "torch": torch.__version__}
-    summary |= {"settings": job.settings, "machine": machine}
-    taylored.save(job.out / PRUNED, job.model, result.plan, extra={"summary": summary})
-    report.write(job.out / REPORT, summary, result.history, result.plan)
-    write_atomically(job.out / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
-    return summary

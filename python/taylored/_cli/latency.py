@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from taylored.trace import in_mode
+from taylored._modules import in_mode
 
 RUNS = (20, 300)  # of each model: at least, at most
 

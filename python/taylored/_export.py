@@ -13,17 +13,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
 
-from taylored.files import write_atomically
-from taylored.trace import as_arguments, in_mode, twice, unwrapped
+from taylored._errors import ExportError
+from taylored._files import write_atomically
+from taylored._modules import as_arguments, check_module, in_mode, two_examples
+from taylored._torch_compat import tree_leaves, tree_map
 
 FORMATS = (".onnx", ".pt2")
 TOLERANCE = 1e-3  # of the largest output: other kernels add up in another order
-
-
-class ExportError(RuntimeError):
-    """The model cannot be exported as asked, or what was exported gives another answer."""
 
 
 def export(model: nn.Module, example_inputs, path: str | os.PathLike, *, any_batch: bool = True) -> float | None:
@@ -40,14 +37,14 @@ def export(model: nn.Module, example_inputs, path: str | os.PathLike, *, any_bat
     """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path must be a file's, got {type(path).__name__}: export(model, example_inputs, path)")
-    path, model = Path(path), unwrapped(model)
+    path, model = Path(path), check_module(model, "export(model, example_inputs, path)")
     if path.suffix not in FORMATS:
         raise ExportError(f"path={str(path)!r} must end in one of {', '.join(FORMATS)}")
     if path.suffix == ".onnx" and (missing := [name for name in ("onnx", "onnxscript") if not _has(name)]):
         raise ExportError(f"ONNX needs {' and '.join(missing)}: pip install 'taylored[onnx]'")
     args, kwargs = tree_map(_copy, as_arguments(example_inputs))  # torch.export writes on the tensors what may change
     if any_batch:  # a size of one would be taken for a constant
-        args, kwargs = twice(args, kwargs)
+        args, kwargs = two_examples(args, kwargs)
     with in_mode(model, training=False), torch.no_grad():
         expected = model(*args, **kwargs)
         program = _program(model, args, kwargs, any_batch)
@@ -102,7 +99,9 @@ def _onnx(program) -> bytes:
     try:
         with warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")
-            return torch.onnx.export(program, dynamo=True, verbose=False).model_proto.SerializeToString()
+            written = torch.onnx.export(program, (), dynamo=True, verbose=False)
+            assert written is not None  # dynamo=True and no path: it returns a program
+            return written.model_proto.SerializeToString()
     except Exception as error:  # of many types, down to protobuf's for a model above 2 GiB
         raise ExportError(f"ONNX cannot express the model: {_first_line(error)}") from error
 
@@ -131,8 +130,8 @@ def _run_onnx(data, inputs):
 
 
 def _difference(actual, expected) -> float:
-    pairs = zip(tree_leaves(actual), tree_leaves(expected), strict=True)
-    pairs = [(a.detach().cpu().double(), b.detach().cpu().double()) for a, b in pairs if isinstance(b, torch.Tensor)]
+    leaves = zip(tree_leaves(actual), tree_leaves(expected), strict=True)
+    pairs = [(a.detach().cpu().double(), b.detach().cpu().double()) for a, b in leaves if isinstance(b, torch.Tensor)]
     worst = max((float((a - b).abs().max() / b.abs().max().clamp(min=1e-12)) for a, b in pairs), default=0.0)
     if not worst <= TOLERANCE:
         raise ExportError(

@@ -5,55 +5,59 @@ vectors under names that start with "plan:", and a JSON header. Written to a tem
 executes no code, checks everything, and only then touches the model.
 """
 
-import json
-from pathlib import Path
+import os
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import nn
 
-from taylored.compact import compact
-from taylored.files import digest, write_atomically
-from taylored.plan import PlanError, PrunePlan
-from taylored.trace import named_tensors, unwrapped
+from taylored._compact import compact
+from taylored._errors import CheckpointError, PlanError
+from taylored._files import DamagedFile, read_tensors, write_tensors
+from taylored._modules import check_module, named_tensors
+from taylored._plan import PrunePlan
 
 FORMAT = "taylored-1"
 
 
-class CheckpointError(ValueError):
-    """A file is not a checkpoint, is damaged, or does not belong to the model."""
-
-
-def save(path, model: nn.Module, plan: PrunePlan, *, extra: dict | None = None, tensors: dict[str, torch.Tensor] | None = None):
+def save(
+    model: nn.Module,
+    plan: PrunePlan,
+    path: str | os.PathLike,
+    *,
+    extra: dict | None = None,
+    tensors: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Write a model that `plan` was applied to. Atomic: a reader sees the old file or the new one.
 
     path: the file; its folder must exist. plan: against the original model (plans compose by `plan.then`). extra: JSON
     values and tensors: further tensors to keep along, both given back by `load`. Raises PlanError if the model does not
     have the shapes that the plan leaves."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: save(path, model, plan)")
-    model = unwrapped(model)
+    model = check_module(model, "save(model, plan, path)")
+    if not isinstance(plan, PrunePlan):
+        raise TypeError(f"plan must be a PrunePlan, got {type(plan).__name__}: save(model, plan, path)")
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a file's, got {type(path).__name__}: save(model, plan, path)")
     for name, tensor in named_tensors(model).items():
         if name in plan.shapes and tuple(tensor.shape) != plan.shape_after(name):
             raise PlanError(
                 f"the model is not what the plan leaves: {name!r} has shape {tuple(tensor.shape)}, expected "
                 f"{plan.shape_after(name)}. Compact it first; of several plans in a row save `first.then(second)`"
             )
-    state, aliases, seen = {}, {}, {}
+    state: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[object, str] = {}
     for name, tensor in model.state_dict().items():
         first = seen.setdefault((tensor.data_ptr(), tensor.shape, tensor.dtype) if tensor.numel() else name, name)
         if first != name:
             aliases[name] = first
         else:
             state[name] = tensor
-    for (tensor, d), indices in plan.keep.items():
-        state[f"plan:keep/{d}/{tensor}"] = indices.clone()  # one tensor may be that of several dimensions
+    for (cut, d), indices in plan.keep.items():
+        state[f"plan:keep/{d}/{cut}"] = indices.clone()  # one tensor may be that of several dimensions
     for group, units in plan.removed.items():
         state[f"plan:removed/{group}"] = units
     for name, tensor in (tensors or {}).items():
         state[f"extra:{name}"] = tensor
-    state = {name: t.detach().cpu().contiguous() for name, t in state.items()}
     header = {
         "aliases": aliases,
         "units": plan.units,
@@ -62,24 +66,20 @@ def save(path, model: nn.Module, plan: PrunePlan, *, extra: dict | None = None, 
         "params": plan.params,
         "extra": extra or {},
     }
-    header = json.loads(json.dumps(header))
-    header["digest"] = _digest(state, header)
-    write_atomically(Path(path), serialize(state, metadata={"format": FORMAT, "taylored": json.dumps(header)}))
+    write_tensors(path, FORMAT, header, state)
 
 
-def load(path, model: nn.Module):
+def load(model: nn.Module, path: str | os.PathLike) -> PrunePlan:
     """Prune a freshly built original as the file's plan says and give it the file's weights. Returns the plan.
 
     Raises CheckpointError, with the model untouched, if the file is foreign, damaged, or of another model."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: load(path, model)")
-    plan, _, _ = load_all(path, model)
+    plan, _, _ = load_all(check_module(model, "load(model, path)"), path)
     return plan
 
 
-def load_all(path, model, accept=None):
+def load_all(model: nn.Module, path: str | os.PathLike, accept=None) -> tuple[PrunePlan, dict, dict[str, torch.Tensor]]:
     """As `load`; returns (plan, extra, extra tensors). accept(extra) may refuse the file, by an exception."""
-    model = unwrapped(model)
+    model = check_module(model)
     state, plan, header = read(path)
     if accept is not None:
         accept(header["extra"])
@@ -107,17 +107,12 @@ def load_all(path, model, accept=None):
     return plan, header["extra"], {n.removeprefix("extra:"): t for n, t in state.items() if n.startswith("extra:")}
 
 
-def read(path) -> tuple[dict[str, torch.Tensor], PrunePlan, dict]:
+def read(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], PrunePlan, dict]:
     """A checkpoint's tensors, its plan and its header, checked against its digest."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a file's, got {type(path).__name__}: load(model, path)")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise CheckpointError(f"{path} was not written by taylored.save (format {metadata.get('format')!r})")
-            header = json.loads(metadata["taylored"])
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        if _digest(state, header) != header.get("digest"):
-            raise CheckpointError(f"{path} is damaged: its contents do not match their digest")
+        header, state = read_tensors(path, FORMAT)
         keep, removed = {}, {}
         for name, tensor in state.items():
             if name.startswith("plan:keep/"):
@@ -127,10 +122,10 @@ def read(path) -> tuple[dict[str, torch.Tensor], PrunePlan, dict]:
                 removed[name.removeprefix("plan:removed/")] = tensor
         shapes = {name: tuple(shape) for name, shape in header["shapes"].items()}
         plan = PrunePlan(removed, keep, header["units"], shapes, tuple(header["flops"]), tuple(header["params"]))
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise CheckpointError(f"{path} is damaged or no safetensors file: {type(error).__name__}: {error}") from error
+    except DamagedFile as error:
+        raise CheckpointError(str(error)) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     return state, plan, header
 
 
@@ -140,7 +135,3 @@ def difference(there: dict, here: dict) -> str:
     return (
         f"({', '.join(differ)}): {differ[0]} is {there.get(differ[0])!r} there and {here.get(differ[0])!r} here" if differ else ""
     )
-
-
-def _digest(state, header) -> str:
-    return digest(json.dumps({k: v for k, v in header.items() if k != "digest"}, sort_keys=True), state)

@@ -1,16 +1,14 @@
 """Apply a plan: remove the planned units from a model, in place, and from all that goes with it.
 
 Weights, gradients, buffers, the optimizer's state and moving averages lose the same slices; the Parameter objects stay
-the same objects, so optimizers, schedulers and averages go on. `masked` does the same to a model's outputs without
-removing anything, by zeroing the units at their consumers: removal is zeroing, and the tests hold the two together.
+the same objects, so optimizers, schedulers and averages go on. To the model's outputs that is what zeroing the units at their
+consumers is (`masked`), and the tests hold the two together.
 """
 
 import contextlib
 import dataclasses
 import itertools
-import math
 import signal
-import sys
 import threading
 
 import numpy as np
@@ -19,23 +17,12 @@ from torch import distributed as dist
 from torch import nn
 
 from taylored import ops
-from taylored.plan import PlanError, PrunePlan, rehearse
-from taylored.trace import (
-    ChannelGraph,
-    complement,
-    data_parallel,
-    named_tensors,
-    size_attributes,
-    unwrapped,
-    zeroed,
-)
-
-
-def masked(model: nn.Module, graph: ChannelGraph, plan: PrunePlan):
-    """Within the context the model computes as if the plan's units were removed: zeros at their consumers' inputs."""
-    if not isinstance(plan, PrunePlan):
-        raise TypeError(f"plan must be a PrunePlan, got {type(plan).__name__}: masked(model, graph, plan)")
-    return zeroed(model, graph, plan.removed)
+from taylored._errors import PlanError
+from taylored._graph.values import complement
+from taylored._modules import data_parallel, named_tensors, size_attributes, unwrapped
+from taylored._optimizers import as_optimizers, rule_of, state_tensors
+from taylored._plan import PrunePlan, rehearse
+from taylored._torch_compat import compiled_from, forget_compiled
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,7 +31,7 @@ class Removed:
 
     plan: the plan that was applied. lost: for every tensor that was cut ("model: conv.weight", "optimizer[0]: exp_avg of
     conv.weight", ...) the slices taken out of each dimension, one dimension after the other. strides: what they were.
-    sizes: what modules said of their own sizes.
+    sizes: what modules said of their own sizes. In a checkpoint of one's own: see `PrunePlan`.
     """
 
     plan: PrunePlan
@@ -114,8 +101,8 @@ def restore(model: nn.Module, removed: Removed, optimizer=None, also=()) -> None
     with _uninterrupted(), torch.no_grad():
         work.change(whole, removed.sizes)
         for opt in work.optimizers:
-            if stale and isinstance(opt, torch.optim.LBFGS):
-                opt.state.clear()
+            if stale:
+                rule_of(opt).restart(opt)
         _outdate(data_parallel(model))
 
 
@@ -134,8 +121,7 @@ def _outdate(parallel):
     def refuse(_module, _args):
         raise RuntimeError("the model was cut since it was wrapped: wrap it again, model = DistributedDataParallel(model.module)")
 
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
+    forget_compiled()
     if parallel is not None:
         parallel.register_forward_pre_hook(refuse)
 
@@ -164,22 +150,19 @@ class _Work:
         if not isinstance(also, (nn.Module, dict, list, tuple)):
             raise TypeError(f"also must be a module, a mapping or a list of them, got {type(also).__name__}")
         copies = enumerate([also] if isinstance(also, (nn.Module, dict)) else also)
-        twins = {"model": model, **{f"also[{n}]": _twin(copy, plan, f"also[{n}]") for n, copy in copies}}
-        for what, twin in twins.items():
-            mine = tensors if twin is model else twin if isinstance(twin, dict) else named_tensors(twin)
+        after = {name: plan.shape_after(name) for name in plan.shapes}
+        everything = {"model": model, **{f"also[{n}]": _average(copy, plan, f"also[{n}]") for n, copy in copies}}
+        for what, one in everything.items():
+            mine = tensors if one is model else one if isinstance(one, dict) else named_tensors(one)
             self.jobs += _jobs(plan, mine, what, cut)
-            if isinstance(twin, nn.Module):
-                self.modules += [
-                    (f"{what}: {name}", *found)
-                    for name, *found in size_attributes(twin, plan.shapes, {name: plan.shape_after(name) for name in plan.shapes})
-                ]
+            if isinstance(one, nn.Module):
+                self.modules += [(f"{what}: {name}", *found) for name, *found in size_attributes(one, plan.shapes, after)]
         names = {id(t): name for name, t in tensors.items()}
-        self.optimizers = [] if optimizer is None else list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+        self.optimizers = as_optimizers(optimizer)
         for number, opt in enumerate(self.optimizers):
-            if not isinstance(getattr(opt, "param_groups", None), list):
-                raise TypeError(f"optimizer must be a torch.optim optimizer or a list of them, got {type(opt).__name__}")
-            self.jobs += _optimizer_jobs(plan, opt, names, f"optimizer[{number}]")
-        self.given = {*twins, *(f"optimizer[{n}]" for n in range(len(self.optimizers)))}
+            for name, *what in state_tensors(plan, opt, names):
+                self.jobs.append(_job(f"optimizer[{number}]: {name}", *what))
+        self.given = {*everything, *(f"optimizer[{n}]" for n in range(len(self.optimizers)))}
         self.plan = plan
         _check_memory([(job.name, job.tensor) for job in self.jobs], tensors)
 
@@ -207,8 +190,7 @@ class _Work:
 
     def _say(self, sizes):
         for opt in self.optimizers:
-            if isinstance(opt, torch.optim.LBFGS):
-                opt._numel_cache = None  # it remembers how many elements its parameters have
+            rule_of(opt).resized(opt)
         for name, module, _ in self.modules:
             for key, value in sizes[name].items():
                 setattr(module, key, value)
@@ -320,54 +302,16 @@ def _check_memory(cut, tensors) -> None:
         ends[moves] = max(ends[moves], (end, name))
 
 
-def _twin(copy, plan, what):
+def _average(copy, plan, what):
     """The mapping, or the module that has the model's names: the copy itself or the one inside of it."""
     if not isinstance(copy, (nn.Module, dict)):
         raise TypeError(f"{what} must be a module or a mapping from name to tensor, got {type(copy).__name__}")
     while isinstance(copy, nn.Module) and not plan.shapes.keys() <= named_tensors(copy).keys():
-        inside = getattr(copy, "module", getattr(copy, "_orig_mod", None))
+        inside = getattr(copy, "module", compiled_from(copy))
         if not isinstance(inside, nn.Module):
             break
         copy = inside
     return copy
-
-
-def _optimizer_jobs(plan, optimizer, names, what) -> list[_Job]:
-    """State that has a parameter's shape, or that shape with some dimensions reduced to 1 (Adafactor's); and LBFGS's vectors
-    of all parameters, end to end."""
-    jobs, cuts, parameters = [], plan.cuts, [p for group in optimizer.param_groups for p in group["params"]]
-    if not any(id(p) in names for p in parameters):
-        raise PlanError("optimizer has none of the model's parameters: was it made for another model?")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        kept, size = _kept_of_all(plan, [(names.get(id(p)), p) for p in parameters]), sum(p.numel() for p in parameters)
-        for state in optimizer.state.values():
-            for key, value in state.items():
-                for number, tensor in enumerate(value if isinstance(value, list) else [value]):
-                    if isinstance(tensor, torch.Tensor) and tensor.shape == (size,):
-                        jobs.append(_job(f"{what}: {key}[{number}] of step {state['n_iter']}", None, tensor, {0: kept}))
-        return jobs
-    for p in parameters:
-        name = names.get(id(p))
-        for key, value in optimizer.state.get(p, {}).items() if name in cuts else ():
-            if isinstance(value, torch.Tensor) and value.ndim == p.ndim:
-                fits = all(v in (s, 1) for v, s in zip(value.shape, p.shape, strict=True))
-                mine = {d: indices for d, indices in cuts[name].items() if value.shape[d] == p.shape[d]}
-                if fits and mine:
-                    jobs.append(_job(f"{what}: {key} of {name}", name, value, mine))
-    return jobs
-
-
-def _kept_of_all(plan, parameters) -> torch.Tensor:
-    """What stays of a vector of all parameters, (name, parameter), end to end."""
-    kept, start = [], 0
-    for name, p in parameters:
-        shape = plan.shapes.get(name, p.shape)
-        stretch = torch.arange(math.prod(shape)).view(shape)
-        for d, indices in plan.cuts.get(name, {}).items():
-            stretch = stretch.index_select(d, indices.cpu())
-        kept.append(start + stretch.flatten())
-        start += math.prod(shape)
-    return torch.cat(kept)
 
 
 @contextlib.contextmanager

@@ -20,14 +20,17 @@ import torch
 from safetensors.torch import save as serialize
 from torch import distributed, nn
 
-from taylored import data, report
-from taylored.compact import masked
+from taylored._cli import data, report
+from taylored._cli.job import CHECKPOINT, METRICS, SUMMARY, TRAINED, Job, accuracy, begin, fit, images, prepare
+from taylored._cli.log import Log
+from taylored._files import write_atomically
+from taylored._graph.values import ChannelGraph
+from taylored._masking import masked
+from taylored._modules import in_mode
+from taylored._oracle.measure import oracle
+from taylored._planning import make_plan
+from taylored._tables import text_table
 from taylored.criteria import CRITERIA, Scores, spearman
-from taylored.files import write_atomically
-from taylored.job import CHECKPOINT, METRICS, SUMMARY, TRAINED, Job, Journal, accuracy, begin, fit, images, prepare
-from taylored.oracle import oracle
-from taylored.plan import make_plan
-from taylored.trace import ChannelGraph, in_mode
 
 SCORES, PAGE = "scores.safetensors", "rank.html"
 SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)  # of all units, removed in the order of each criterion
@@ -58,8 +61,8 @@ def rank(options: argparse.Namespace) -> dict | None:
         resumed = number == 0 and begin(job, (TRAINED, *_checkpoints(job.out), METRICS, SUMMARY, SCORES, PAGE))
         train, test = images(job)
         if number == 0:
-            journal = Journal(job.out / METRICS)
-            fit(job, train, journal, resumed)
+            log = Log(job.out / METRICS)
+            fit(job, train, log, resumed)
         _share(job.model)
         torch.manual_seed(options.seed)  # the same images and units in every process, and when resumed
         judged = Judged(train.sample(options.examples), job.device)
@@ -80,7 +83,7 @@ def rank(options: argparse.Namespace) -> dict | None:
         seconds = time.perf_counter() - since
     if number:
         return None
-    journal.write({"event": "oracle", "seconds": seconds})
+    log.write({"event": "oracle", "seconds": seconds})
     scores = {"oracle-abs": {name: c.abs() for name, c in change.items()}, "oracle-loss": change}
     times = dict.fromkeys(scores, seconds)
     for name in CRITERIA if "all" in options.criteria else options.criteria:
@@ -89,8 +92,8 @@ def rank(options: argparse.Namespace) -> dict | None:
             since = time.perf_counter()
             scores[name] = CRITERIA[name](job.model, job.graph, judged, nn.functional.cross_entropy)
             times[name] = time.perf_counter() - since
-            journal.write({"event": name, "seconds": times[name]})
-    summary = _summarise(job, scores, times, judged, accuracy(job.model.eval(), test, job.device), journal)
+            log.write({"event": name, "seconds": times[name]})
+    summary = _summarise(job, scores, times, judged, accuracy(job.model.eval(), test, job.device), log)
     tensors = {f"{criterion}/{group}": s for criterion, found in scores.items() for group, s in found.items()}
     write_atomically(job.out / SCORES, serialize(tensors))
     write_atomically(job.out / PAGE, page(summary, scores).encode())
@@ -132,7 +135,7 @@ def _checkpoints(out: Path) -> list[str]:
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
-def _summarise(job: Job, scores: dict[str, Scores], times, judged, test_accuracy, journal) -> dict:
+def _summarise(job: Job, scores: dict[str, Scores], times, judged, test_accuracy, log) -> dict:
     truth = scores["oracle-abs"]
     measured = int(sum((~s.isnan()).sum() for s in truth.values()))
     classes = len(job.source.classes)
@@ -151,7 +154,7 @@ def _summarise(job: Job, scores: dict[str, Scores], times, judged, test_accuracy
         "accuracy": test_accuracy,
         "loss": mean_loss(job.model, judged),
         "criteria": criteria,
-        "seconds": round(journal.elapsed(), 1),
+        "seconds": round(log.elapsed(), 1),
         "settings": job.settings | {"criteria": list(scores)},
         "machine": {"device": str(job.device), "threads": torch.get_num_threads(), "torch": torch.__version__},
     }
@@ -183,7 +186,7 @@ def curve(model: nn.Module, graph: ChannelGraph, scores: Scores, batches, normal
 @torch.inference_mode()
 def mean_loss(model: nn.Module, batches) -> float:
     """Cross-entropy over all examples, in eval mode."""
-    total = examples = 0
+    total, examples = 0.0, 0
     with in_mode(model, training=False):
         for inputs, labels in batches:
             total += float(nn.functional.cross_entropy(model(inputs), labels, reduction="sum"))
@@ -209,12 +212,7 @@ def rows(summary: dict) -> list[tuple[str, ...]]:
 
 def table(summary: dict) -> str:
     """The rows as text, in columns."""
-    lines = [COLUMNS, *rows(summary)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    return "\n".join(
-        [f"  {legend(summary)}"]
-        + ["  ".join(f"{c:{'>' if i else '<'}{w}}" for i, (c, w) in enumerate(zip(line, widths, strict=True))) for line in lines]
-    )
+    return f"  {legend(summary)}\n{text_table(COLUMNS, rows(summary))}"
 
 
 def legend(summary: dict) -> str:
@@ -268,7 +266,9 @@ def scatter(summary: dict, scores: dict[str, Scores]) -> str:
         each.set_xticks([]), each.set_yticks([])
         each.set_aspect("equal")
     for name, each in zip(names, figure.axes, strict=False):
-        x, y, color = [], [], []
+        x: list[float] = []
+        y: list[float] = []
+        color: list[float] = []
         for group, s in scores[name].items():
             there = ~(s.isnan() | truth[group].isnan())
             norm = s.nan_to_num(nan=0).norm()

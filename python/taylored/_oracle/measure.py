@@ -4,28 +4,27 @@ The paper runs the whole model once per unit. Here `Replay` runs again only what
 pairs at once; examples on which the unit is zero anyway are left out.
 """
 
-import json
 import math
 import os
 import re
-import time
 import warnings
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
 
-from taylored.files import digest, write_atomically
-from taylored.replay import DifferenceReplay, NotReplayable, Replay
-from taylored.trace import ChannelGraph, check_fit, count_examples, in_mode, run_on, unwrapped, zeroed
+from taylored._files import digest
+from taylored._graph.values import ChannelGraph, check_fit
+from taylored._masking import zeroed
+from taylored._modules import count_examples, in_mode, run_on, unwrapped
+from taylored._oracle.difference import DifferenceReplay
+from taylored._oracle.exact import Replay
+from taylored._oracle.journal import Journal
+from taylored._oracle.program import NotReplayable
+from taylored._torch_compat import computes_in_bfloat16, tree_leaves, tree_map_only
 
 PRECISIONS = {"float32": Replay, "bfloat16": DifferenceReplay}
-SAVE_EVERY = 5.0  # seconds
 
 
 def oracle(
@@ -35,7 +34,7 @@ def oracle(
     loss_fn: Callable,
     *,
     mode: str = "abs",
-    units: dict[str, Iterable[int]] | None = None,
+    units: Mapping[str, Iterable[int] | torch.Tensor] | None = None,
     precision: str = "float32",
     memory: str | int = "1GiB",
     checkpoint: str | os.PathLike | None = None,
@@ -77,7 +76,7 @@ def oracle(
             raise ValueError("batches is empty: there is nothing to measure on")
         rank, world = _rank_and_world()
         mine = {name: indices[rank::world] for name, indices in chosen.items()}
-        journal = _Journal(checkpoint, rank, world, _fingerprint(model, chosen, precision, budget), mine, graph)
+        journal = Journal(checkpoint, rank, world, _fingerprint(model, chosen, precision, budget), mine, graph)
         show = progress and rank == 0
         try:
             replay = PRECISIONS[precision](model, graph, first[0])
@@ -106,13 +105,6 @@ def oracle(
     return result
 
 
-def computes_in_bfloat16(device: torch.device) -> bool:
-    """Whether the device's convolutions do: on others torch runs them tens of times slower than in float32."""
-    if device.type == "cpu":
-        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-
-
 def parse_memory(memory: str | int) -> int:
     """Bytes of "512MiB", "2GiB", "1.5GB" or an integer."""
     if isinstance(memory, int) and memory > 0:
@@ -126,7 +118,7 @@ def parse_memory(memory: str | int) -> int:
 def _chosen(graph, units) -> dict[str, torch.Tensor]:
     if units is None:
         return {g.name: torch.arange(g.units) for g in graph.groups}
-    if not isinstance(units, dict):
+    if not isinstance(units, Mapping):
         raise TypeError(f"units must be a dict from group name to unit indices, got {type(units).__name__}")
     chosen = {}
     for name, indices in units.items():
@@ -239,54 +231,6 @@ def _losses(loss_fn, output, targets) -> torch.Tensor:
 def _progress(batches, work, show):
     total = work * sum(len(tree_leaves(targets)[0]) for _, targets in batches) if show and hasattr(batches, "__len__") else None
     return tqdm(total=total, disable=not show, desc="oracle", unit="FLOP", unit_scale=True, leave=False)
-
-
-class _Journal:
-    """The sums so far, and how far that is: in memory, and in a file that a killed run can go on from."""
-
-    def __init__(self, path, rank, world, fingerprint, mine, graph):
-        self.path = None if path is None else Path(path if world == 1 else f"{path}.{rank}-of-{world}")
-        self.fingerprint = fingerprint
-        self.sums = {name: torch.zeros(graph.group(name).units, dtype=torch.float64) for name in mine}
-        self.examples, self.place, self.saved = 0, (0, 0), time.monotonic()
-        self.resumed = (0, 0)  # the piece of the data and the step in it that a former run has come to
-        if self.path is not None and self.path.exists():
-            self._load()
-
-    def _load(self):
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                header = json.loads(file.metadata()["oracle"])
-                sums = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"checkpoint={str(self.path)!r} is damaged or of another kind: {error}") from error
-        if header["fingerprint"] != self.fingerprint or sums.keys() != self.sums.keys():
-            raise ValueError(
-                f"checkpoint={str(self.path)!r} is of another model, choice of units, precision, memory or number of processes: "
-                "name another file, or delete it"
-            )
-        self.sums, self.resumed = sums, tuple(header["place"])
-
-    def starts(self, number, examples):
-        """A piece of the data begins. Its examples are counted whether or not a former run has measured them."""
-        self.place = (number, 0)
-        self.examples += examples
-
-    def skips(self) -> bool:
-        """Called before each step, in the same order in every run: whether a former run has taken it."""
-        self.place = (self.place[0], self.place[1] + 1)
-        return self.place <= self.resumed
-
-    def add(self, name, units, change):
-        self.sums[name].index_add_(0, units, change)
-        if self.path is not None and time.monotonic() - self.saved > SAVE_EVERY:
-            self.save()
-
-    def save(self):
-        if self.path is not None:
-            header = json.dumps({"fingerprint": self.fingerprint, "place": self.place})
-            write_atomically(self.path, serialize(self.sums, metadata={"oracle": header}))
-            self.saved = time.monotonic()
 
 
 def _fingerprint(model, chosen, precision, budget) -> str:

@@ -11,17 +11,23 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from taylored.checkpoint import CheckpointError, difference, load_all, save
-from taylored.compact import compact
-from taylored.plan import PrunePlan, make_plan, named_entries
-from taylored.score import TaylorScorer
-from taylored.trace import ChannelGraph, data_parallel, in_mode, run_on, trace
+from taylored._checkpoint import difference, load_all, save
+from taylored._compact import compact
+from taylored._errors import CheckpointError
+from taylored._graph.tracing import trace
+from taylored._graph.values import ChannelGraph
+from taylored._modules import batch_norms, data_parallel, in_mode, run_on
+from taylored._optimizers import is_json, parameters_of, rule_of, state_in_file, take_state
+from taylored._plan import PrunePlan
+from taylored._planning import make_plan, named_entries
+from taylored._score import TaylorScorer
+from taylored._torch_compat import tree_map_only
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,27 +92,15 @@ def prune(
     TraceError for a model that cannot run with fewer channels; FloatingPointError when the loss is not finite: that
     step is not taken, and the last checkpoint stands.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    if data_parallel(model) is not None:
-        raise ValueError("model is wrapped in DistributedDataParallel: give the model itself, and wrap=DistributedDataParallel")
-    device = _device(model)
-    trained = {id(p) for p in model.parameters() if p.requires_grad}
-    if not any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
-        raise ValueError("optimizer has none of the model's parameters that require a gradient: was it made for another model?")
+    device = _device(model, optimizer)
     steps = _length(train_loader)
-    if resume and checkpoint is None:
-        raise ValueError("resume=True needs checkpoint=, the file to go on from")
     if rounds < 1 or round_epochs <= 0 or final_epochs < 0:
         raise ValueError(
             f"rounds must be >= 1, round_epochs > 0, final_epochs >= 0; got {rounds}, {round_epochs}, {final_epochs}"
         )
-    if checkpoint is not None and not os.access(Path(checkpoint).absolute().parent, os.W_OK):
-        raise ValueError(f"checkpoint={str(checkpoint)!r}: its folder does not exist or cannot be written to")
+    _check_checkpoint(checkpoint, resume)
     graph = trace(model, example_inputs)
-    options = {"normalize": normalize, "flops_weight": flops_weight, "round_to": round_to}
+    options: dict[str, Any] = {"normalize": normalize, "flops_weight": flops_weight, "round_to": round_to}
     options |= {"min_units": min_units, "max_ratio": max_ratio, "ignore": ignore}
     budget = _Budget(graph, rounds, target_flops, target_params, remove_units)
     any_scores = {g.name: torch.ones(g.units) for g in graph.groups}
@@ -114,61 +108,85 @@ def prune(
     TaylorScorer(model, graph, reduction=reduction)
 
     settings = {**budget.given, **options, "rounds": rounds, "round_epochs": round_epochs, "reduction": reduction}
-    settings |= {"ignore": sorted(name for _, name in named_entries(graph, ignore))}
+    settings |= {"ignore": sorted(str(name) for _, name in named_entries(graph, ignore))}
     settings = json.loads(json.dumps(settings | {"freeze_statistics": freeze_statistics}))  # as it comes back from the file
-    plan, history, done = PrunePlan.of(graph, {}), [], 0
-    current = graph
-    if resume and checkpoint is not None and Path(checkpoint).exists():
-        plan, history, done = _resume(checkpoint, model, optimizer, scheduler, settings)
-        current = graph.after(plan.removed)
-    wrap = wrap or (lambda model: model)
-    runner = wrap(model)
-
-    def finished(event, loss, since, **more):
-        event = {"event": event, "flops": current.flops, "params": current.params, "units": current.units, "loss": loss, **more}
-        if evaluate is not None:
-            event["accuracy"] = _evaluate(model, evaluate)
-        event["seconds"] = round(time.perf_counter() - since, 3)
-        history.append(event)
-        if checkpoint is not None and _is_first(runner):
-            _save(checkpoint, model, plan, history, optimizer, scheduler, settings)
-        if log is not None:
-            log(event)
-
-    if not history:
-        finished("start", None, time.perf_counter())
+    run = _Run(model, graph, optimizer, scheduler, wrap or _bare, evaluate, checkpoint, settings, log)
+    run.start(resume)
     batches = _cycle(train_loader)
 
     def train(updates, title):
-        model.train()
+        run.model.train()
         if freeze_statistics:
-            for module in model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
-        return _train(runner, batches, updates, loss_fn, optimizer, scheduler, device, title, progress)
+            for norm in batch_norms(model).values():
+                norm.eval()
+        return _train(run.runner, batches, updates, loss_fn, optimizer, scheduler, device, title, progress)
 
-    for step in range(done, rounds + final_epochs):
+    for number in range(run.steps_done + 1, rounds + 1):
         since = time.perf_counter()
-        if step < rounds:
-            with TaylorScorer(runner, current, reduction=reduction) as scorer:
-                loss = train(max(1, round(round_epochs * steps)), f"round {step + 1}/{rounds}")
-            scores = scorer.scores()
-            cut = make_plan(current, scores, **budget.of_round(step + 1, current), **options)
-            compact(runner, cut, optimizer=optimizer, also=also)
-            runner = wrap(model)
-            plan, current = plan.then(cut), current.after(cut.removed)
-            told = {name: [float(f"{v:.6g}") for v in s.tolist()] for name, s in scores.items()}
-            finished("round", loss, since, round=step + 1, kept=plan.kept, scores=told)
-        else:
-            loss = train(steps, f"fine-tune {step - rounds + 1}/{final_epochs}")
-            finished("final_epoch", loss, since, epoch=step - rounds + 1)
-    return PruneResult(dataclasses.replace(plan, graph=graph), graph, history)
+        with TaylorScorer(run.runner, run.current, reduction=reduction) as scorer:
+            loss = train(max(1, round(round_epochs * steps)), f"round {number}/{rounds}")
+        scores = scorer.scores()
+        run.cut(make_plan(run.current, scores, **budget.of_round(number, run.current), **options), also)
+        told = {name: [float(f"{v:.6g}") for v in s.tolist()] for name, s in scores.items()}
+        run.finished("round", loss, since, round=number, kept=run.plan.kept, scores=told)
+    for epoch in range(run.steps_done - rounds + 1, final_epochs + 1):
+        since = time.perf_counter()
+        loss = train(steps, f"fine-tune {epoch}/{final_epochs}")
+        run.finished("final_epoch", loss, since, epoch=epoch)
+    return PruneResult(dataclasses.replace(run.plan, graph=graph), graph, run.history)
 
 
 def updates(train_loader, rounds: int, round_epochs: float, final_epochs: int) -> int:
     """How many optimizer steps `prune` takes: what a learning-rate schedule must span."""
     steps = _length(train_loader)
     return rounds * max(1, round(round_epochs * steps)) + final_epochs * steps
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """What the model is trained in where nothing else is asked for: itself."""
+    return model
+
+
+class _Run:
+    """How far it is: the model and what it is trained in, the plan so far, the history; and the file that keeps all of it."""
+
+    def __init__(self, model, graph, optimizer, scheduler, wrap, evaluate, checkpoint, settings, log):
+        self.model, self.optimizer, self.scheduler, self.wrap = model, optimizer, scheduler, wrap
+        self.evaluate, self.checkpoint, self.settings, self.log = evaluate, checkpoint, settings, log
+        self.plan = PrunePlan.of(graph, {})
+        self.current: ChannelGraph = graph
+        self.history: list[dict] = []
+
+    @property
+    def steps_done(self) -> int:
+        """Rounds and final epochs."""
+        return sum(event["event"] in ("round", "final_epoch") for event in self.history)
+
+    def start(self, resume: bool) -> None:
+        if resume and Path(self.checkpoint).exists():
+            self.plan, self.history = _resume(self.model, self.optimizer, self.scheduler, self.checkpoint, self.settings)
+            self.current = self.current.after(self.plan.removed)
+        self.runner = self.wrap(self.model)
+        if not self.history:
+            self.finished("start", None, time.perf_counter())
+
+    def cut(self, plan: PrunePlan, also) -> None:
+        compact(self.runner, plan, optimizer=self.optimizer, also=also)
+        self.runner = self.wrap(self.model)
+        self.plan, self.current = self.plan.then(plan), self.current.after(plan.removed)
+
+    def finished(self, event: str, loss: float | None, since: float, **more) -> None:
+        graph = self.current
+        entry: dict[str, Any] = {"event": event, "flops": graph.flops, "params": graph.params, "units": graph.units, "loss": loss}
+        entry |= more
+        if self.evaluate is not None:
+            entry["accuracy"] = _evaluate(self.model, self.evaluate)
+        entry["seconds"] = round(time.perf_counter() - since, 3)
+        self.history.append(entry)
+        if self.checkpoint is not None and _is_first(self.runner):
+            _save(self.model, self.plan, self.optimizer, self.scheduler, self.checkpoint, self.history, self.settings)
+        if self.log is not None:
+            self.log(entry)
 
 
 class _Budget:
@@ -215,7 +233,7 @@ def _train(model, batches, updates, loss_fn, optimizer, scheduler, device, title
                 loss.backward()
                 return value
 
-            if isinstance(optimizer, torch.optim.LBFGS):  # it alone may ask for the loss several times
+            if rule_of(optimizer).needs_closure:
                 value = optimizer.step(closure)
             else:
                 value = closure()
@@ -247,11 +265,28 @@ def _to(value, device):
     return tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), value)
 
 
-def _device(model) -> torch.device:
+def _device(model, optimizer) -> torch.device:
+    """The model's, if model and optimizer are what they should be."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if data_parallel(model) is not None:
+        raise ValueError("model is wrapped in DistributedDataParallel: give the model itself, and wrap=DistributedDataParallel")
     devices = {p.device for p in model.parameters()}
     if len(devices) != 1 or next(iter(devices)).type == "meta":
         raise ValueError(f"model must lie on one real device, its parameters are on {sorted(map(str, devices)) or 'none'}")
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    if not any(id(p) in trained for p in parameters_of(optimizer)):
+        raise ValueError("optimizer has none of the model's parameters that require a gradient: was it made for another model?")
     return devices.pop()
+
+
+def _check_checkpoint(checkpoint, resume) -> None:
+    if resume and checkpoint is None:
+        raise ValueError("resume=True needs checkpoint=, the file to go on from")
+    if checkpoint is not None and not os.access(Path(checkpoint).absolute().parent, os.W_OK):
+        raise ValueError(f"checkpoint={str(checkpoint)!r}: its folder does not exist or cannot be written to")
 
 
 def _length(loader) -> int:
@@ -274,59 +309,26 @@ def _cycle(loader):
             raise ValueError("train_loader yields nothing: there is nothing to score on")
 
 
-def _save(path, model, plan, history, optimizer, scheduler, settings):
-    state = optimizer.state_dict()
-    tensors = {"rng": torch.get_rng_state()}
-    plain: dict[str, dict] = {}
-    for index, entry in state["state"].items():
-        for key, value in entry.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"optimizer/{index}/{key}"] = value
-            elif isinstance(value, list) and value and all(isinstance(v, torch.Tensor) for v in value):  # LBFGS's history
-                tensors |= {f"optimizer/{index}/{key}/{number}": v for number, v in enumerate(value)}
-            elif _is_json(value):
-                plain.setdefault(str(index), {})[key] = value
-    groups = [{k: v for k, v in group.items() if _is_json(v)} for group in state["param_groups"]]
-    schedule = {k: v for k, v in scheduler.state_dict().items() if _is_json(v)} if scheduler is not None else None
-    extra = {"history": history, "settings": settings, "scheduler": schedule}
-    extra["optimizer"] = {"state": plain, "param_groups": groups}
-    save(path, model, plan, extra=extra, tensors=tensors)
+# -- the checkpoint ----------------------------------------------------------------------------------------------------
 
 
-def _is_json(value) -> bool:
-    try:
-        json.dumps(value)
-    except TypeError:
-        return False
-    return True
+def _save(model, plan, optimizer, scheduler, path, history, settings) -> None:
+    state, tensors = state_in_file(optimizer)
+    schedule = {k: v for k, v in scheduler.state_dict().items() if is_json(v)} if scheduler is not None else None
+    extra = {"history": history, "settings": settings, "scheduler": schedule, "optimizer": state}
+    save(model, plan, path, extra=extra, tensors=tensors | {"rng": torch.get_rng_state()})
 
 
-def _resume(path, model, optimizer, scheduler, settings):
+def _resume(model, optimizer, scheduler, path, settings) -> tuple[PrunePlan, list[dict]]:
     def accept(extra):
         if "history" not in extra:
             raise CheckpointError(f"{path} is a finished model, not a checkpoint of prune: there is nothing to resume")
         if other := difference(extra["settings"], settings):
             raise CheckpointError(f"{path} is of a run with other settings {other}")
 
-    plan, extra, tensors = load_all(path, model, accept)
-    state: dict[int, dict] = {int(i): dict(entry) for i, entry in extra["optimizer"]["state"].items()}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer/"):
-            _, index, key, *number = name.split("/")
-            entry = state.setdefault(int(index), {})
-            if number:
-                entry.setdefault(key, {})[int(number[0])] = tensor
-            else:
-                entry[key] = tensor
-    for entry in state.values():
-        entry |= {key: [value[n] for n in sorted(value)] for key, value in entry.items() if isinstance(value, dict)}
-    groups = [
-        {**new, **{k: tuple(v) if isinstance(new.get(k), tuple) else v for k, v in old.items()}}
-        for new, old in zip(optimizer.state_dict()["param_groups"], extra["optimizer"]["param_groups"], strict=True)
-    ]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    plan, extra, tensors = load_all(model, path, accept)
+    take_state(optimizer, extra["optimizer"], tensors)
     if scheduler is not None and extra["scheduler"] is not None:
         scheduler.load_state_dict({**scheduler.state_dict(), **extra["scheduler"]})
     torch.set_rng_state(tensors["rng"])
-    history = extra["history"]
-    return plan, history, sum(event["event"] in ("round", "final_epoch") for event in history)
+    return plan, extra["history"]

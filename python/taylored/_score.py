@@ -10,8 +10,10 @@ import functools
 import torch
 from torch import nn
 
-from taylored import ops
-from taylored.trace import ChannelGraph, check_fit, data_parallel, unwrapped, watch_hooks
+from taylored import _gate, ops
+from taylored._graph.values import ChannelGraph, check_fit
+from taylored._modules import data_parallel, unwrapped
+from taylored._torch_compat import current_backward, watch_hooks, when_backward_ends
 
 
 class TaylorScorer:
@@ -47,7 +49,7 @@ class TaylorScorer:
             (g.name, name)
             for g in graph.groups
             for name, slots in g.inputs.items()
-            if torch.equal(slots.flatten(), torch.arange(len(graph.layers[name].inputs)))
+            if torch.equal(slots.flatten(), torch.arange(graph.layers[name].width))
         }
 
     def reset(self) -> None:
@@ -62,16 +64,16 @@ class TaylorScorer:
         watch_hooks()
         for name in self._consumers:
             module = self.model.get_submodule(name)
-            device, key = next(module.parameters()).device, ops.gate_key(module)
+            device, key = next(module.parameters()).device, _gate.gate_key(module)
             anchor, token = torch.zeros((), device=device, requires_grad=True), torch.zeros((), device=device)
-            ops.set_recorder(key, functools.partial(self._record, name, self.graph.layers[name].axis))
+            _gate.set_recorder(key, functools.partial(self._record, name, self.graph.layers[name].axis))
             self._handles.append((module.register_forward_pre_hook(_Gate(anchor, token, key, self._recomputed)), key))
         return self
 
     def __exit__(self, *exception):
         for handle, key in self._handles:
             handle.remove()
-            ops.set_recorder(key, None)
+            _gate.set_recorder(key, None)
         self._handles.clear()
         self._arrived.clear()
         watch_hooks()
@@ -79,12 +81,12 @@ class TaylorScorer:
     def _begin(self, task):
         """Called within a backward pass, by its number; when it ends, what has arrived is added up. One that fails never ends."""
         self._arrived[task] = {}
-        torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._finish, task))
+        when_backward_ends(functools.partial(self._finish, task))
 
     def _recomputed(self) -> int:
         """The backward pass within which a gate's forward runs, -1 if within none. Reentrant checkpointing runs a segment again,
         forward and backward, and the latter is a pass of its own: what it contributes belongs to the outermost one."""
-        task = torch._C._current_graph_task_id()
+        task = current_backward()
         if task == -1:
             self._arrived.clear()  # nothing is under way, what is left has failed
         elif not self._arrived:
@@ -94,7 +96,7 @@ class TaylorScorer:
     def _record(self, name, axis, x, g, task):
         """task: what `_recomputed` said when the gate ran."""
         if task == -1:
-            task = torch._C._current_graph_task_id()
+            task = current_backward()
             if task not in self._arrived:
                 self._begin(task)
         t = ops.contribution(x.movedim(axis, 1), g.movedim(axis, 1))  # [N, C]
@@ -116,7 +118,7 @@ class TaylorScorer:
 
     def _units(self, group, name, t, slots):
         """[N, C] contributions of a consumer's channels -> [N, units] of the group's."""
-        if t.shape[1] != len(self.graph.layers[name].inputs):
+        if t.shape[1] != self.graph.layers[name].width:
             raise RuntimeError(f"{name!r} lost channels while it was scored: leave `with TaylorScorer(...)` before compaction")
         if (group.name, name) in self._in_order:
             return t if slots.shape[1] == 1 else t.reshape(len(t), *slots.shape).sum(2)
@@ -164,7 +166,7 @@ class _Gate:
         if not torch.is_grad_enabled():
             return None
         task = -1 if torch.compiler.is_compiling() else self.recomputed()
-        return (ops.gate(args[0], self.anchor, self.token, self.key, task), *args[1:])
+        return (_gate.gate(args[0], self.anchor, self.token, self.key, task), *args[1:])
 
     def __reduce__(self):
         return functools.partial, (_ungated,)

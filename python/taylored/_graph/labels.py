@@ -1,0 +1,233 @@
+"""Labels of channels, and what a rule may ask and say about them.
+
+A label is an integer; a tensor's labels are a tuple of int64 tensors, each broadcastable to its shape, no two of which vary
+along the same dimension. Channels with equal or united labels live and die together. `Labels` is what every rule is given
+(rules.py): it keeps the labels of all tensors of a forward pass. What it means that labels meet, subclasses say: a trace notes
+it, a rehearsal checks it.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import torch
+
+from taylored._torch_compat import tree_leaves
+
+Label = torch.Tensor  # int64, broadcastable to the shape of the tensor that it belongs to
+
+
+def varying(label: torch.Tensor) -> tuple[int, ...]:
+    """The dimensions along which a label tensor is not broadcast."""
+    return tuple(i for i, size in enumerate(label.shape) if size > 1)
+
+
+def compress(label: torch.Tensor) -> torch.Tensor:
+    """Narrow every dimension along which the labels do not change to size 1."""
+    label = unexpanded(label)
+    for i, size in enumerate(label.shape):
+        if size > 1 and bool((label == label.narrow(i, 0, 1)).all()):
+            label = label.narrow(i, 0, 1)
+    return label
+
+
+def unexpanded(x) -> torch.Tensor:
+    """Narrow every dimension along which x is one value in memory."""
+    for d, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            x = x.narrow(d, 0, 1)
+    return x
+
+
+def tensors_of(args, kwargs):
+    for value in itertools.chain(args, kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (v for v in value if isinstance(v, torch.Tensor))
+
+
+def with_ndim(label, ndim):
+    return label if label.ndim == ndim else label.reshape((1,) * (ndim - label.ndim) + tuple(label.shape))
+
+
+def _size(tensor, axis, ndim):
+    axis -= ndim - tensor.ndim
+    return tensor.shape[axis] if axis >= 0 else 1
+
+
+def along_axis(label: torch.Tensor | None, ndim: int, axis: int):
+    """Labels [C] of one dimension of an `ndim`-dimensional tensor, ready to broadcast."""
+    if label is None or label.numel() == 1:
+        return ()
+    return (label.reshape([-1 if i == axis % ndim else 1 for i in range(ndim)]),)
+
+
+class Labels:
+    """The labels of the tensors of one forward pass."""
+
+    planned = False  # whether the model runs as a plan leaves it: one group of channels may be what is left of several
+
+    def __init__(self) -> None:
+        self._uniform: set[int] = set()  # ids of tensors with the same value, or fresh noise, in every channel
+        self.grouped: set[str] = set()  # grouped convolutions; they stay so when a plan leaves them one group
+        self._labels: dict[int, tuple[Label, ...]] = {}
+        self._held: list[torch.Tensor] = []  # an id must not be reused while its labels are kept
+        self._united: dict[tuple[int, ...], Label] = {}  # labels that `unite_along` has united, by id and dimensions left
+        self._lost: dict[int, str] = {}  # why a tensor has no labels, where an op is to blame
+
+    # -- what subclasses say -----------------------------------------------------------------------------------------
+
+    def unite(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        raise NotImplementedError
+
+    def split_evenly(self, rows: torch.Tensor) -> None:
+        """Each column [n] of the labels is a piece of the channels, one of several that must stay equally many."""
+
+    def freeze(self, label: torch.Tensor, reason: str) -> None:
+        raise NotImplementedError
+
+    def applied(self, filters, count, contracted, unlabelled) -> None:
+        """A convolution or matrix product makes `count` channels labelled `filters` ([count], or None for the reason
+        `unlabelled`) and contracts over the labels `contracted` ([C] or None: it does not mix units)."""
+
+    def counted(self, flops: int, dimensions: list[torch.Tensor]) -> None:
+        """An op costs `flops`, in proportion to the number of labels in each dimension."""
+
+    def where(self) -> str:
+        """The name of the module that runs."""
+        raise NotImplementedError
+
+    # -- which labels a tensor has ---------------------------------------------------------------------------------------------
+
+    def get(self, tensor) -> tuple[torch.Tensor, ...]:
+        return self._labels.get(id(tensor), ())
+
+    def set(self, tensor, labels) -> None:
+        self._labels[id(tensor)] = tuple(labels)
+        self._held.append(tensor)
+
+    def emit(self, tensor, axis: int, label: torch.Tensor | None) -> None:
+        """Give a tensor labels [C] along one axis, and no others."""
+        self.set(tensor, along_axis(label, tensor.ndim, axis))
+
+    def hold(self, tensor: torch.Tensor) -> None:
+        """Keep a tensor alive, so that no other one gets its id."""
+        self._held.append(tensor)
+
+    def is_uniform(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor has the same value, or fresh noise, in every channel."""
+        return id(tensor) in self._uniform
+
+    def set_uniform(self, tensor: torch.Tensor, uniform: bool = True) -> None:
+        if uniform:
+            self._uniform.add(id(tensor))
+            self._held.append(tensor)
+        else:
+            self._uniform.discard(id(tensor))
+
+    def lose(self, out, reason) -> None:
+        """What an op made has no labels for that reason."""
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and not self.get(tensor):
+                self._lost[id(tensor)] = reason
+                self._held.append(tensor)
+
+    def pass_on_losses(self, tensors: Iterator[torch.Tensor], out) -> None:
+        """What is made of something that lost its labels has none for the same reason."""
+        if self._lost and (reason := next((self._lost[id(t)] for t in tensors if id(t) in self._lost), None)):
+            self.lose(out, reason)
+
+    def why(self, tensor) -> str:
+        """Why a tensor has no labels in the dimension in question."""
+        other = (
+            "a weight computed from all of them (standardised, orthogonal)"
+            if self.get(tensor)
+            else "the model's input, or a value without labels"
+        )
+        return self._lost.get(id(tensor), other)
+
+    # -- what rules are made of -------------------------------------------------------------------------------------
+
+    def freeze_all(self, tensor, reason, dims=None) -> tuple[torch.Tensor, ...]:
+        """Freeze the labels of a tensor that vary along one of dims (None: any); return the others."""
+        kept = []
+        for label in self.get(tensor):
+            if dims is None or any(d in dims for d in varying(label)):
+                self.freeze(label, reason)
+            else:
+                kept.append(label)
+        return tuple(kept)
+
+    def require_all(self, tensor, reason, dims) -> tuple[torch.Tensor, ...]:
+        """An op needs all that is along dims; returns the labels that go on, see `unite_along`."""
+        return tuple(label for label in self.get(tensor) if self.unite_along(label, reason, dims))
+
+    def unite_along(self, label, reason, dims) -> bool:
+        """Nothing along dims may go by itself. Labels that vary along nothing else are frozen; others, of channels cut in
+        two (heads, radices), are tied along dims, so that all of them go at once. Returns whether they can go."""
+        others = [d for d in varying(label) if d not in dims]
+        if len(others) == len(varying(label)):
+            return True
+        if not others:
+            self.freeze(label, reason)
+            return False
+        key = (id(label), *others)
+        if key not in self._united:  # a detector takes its scores apart class by class
+            self._united[key] = label
+            self.unite_rows(
+                label.movedim(others, list(range(len(others)))).reshape(math.prod(label.shape[d] for d in others), -1)
+            )
+        return True
+
+    def broadcast(self, operands, shape) -> tuple[torch.Tensor, ...]:
+        """Unite the labels of tensors that are broadcast together to `shape`; returns the result's labels."""
+        labelled = [(t, [with_ndim(x, len(shape)) for x in self.get(t)]) for t in operands if t.numel() != 1]
+        if not any(labels for _, labels in labelled):
+            return ()
+        if len(labelled) == 1:
+            return tuple(labelled[0][1])
+        result: list[torch.Tensor] = []
+        for axis, size in enumerate(shape):
+            if size == 1:
+                continue
+            there = [(t, labels) for t, labels in labelled if _size(t, axis, len(shape)) > 1 and not self.is_uniform(t)]
+            found = [[x for x in labels if x.shape[axis] > 1] for _, labels in there]
+            if not any(found):
+                continue
+            if not all(found):
+                for label in itertools.chain.from_iterable(found):
+                    self.unite_along(label, f"meets a constant of {size} values in {self.where()!r}", (axis,))
+                continue
+            first = found[0][0]
+            for other in itertools.chain.from_iterable(found):
+                if other is not first:
+                    self.unite(*torch.broadcast_tensors(first, other))
+            if not any(first is x for x in result):
+                result.append(first)
+        return tuple(result)
+
+    def channels(self, x, axis) -> torch.Tensor | None:
+        """One label per index of x's dimension `axis`, [C]; labels that differ elsewhere in a slot are united."""
+        axis %= x.ndim
+        found = None
+        for label in self.get(x):
+            if axis not in varying(label):
+                continue
+            moved = label.movedim(axis, 0).reshape(label.shape[axis], -1)  # [C, rest]
+            self.unite_rows(moved)
+            found = moved[:, 0]
+        return found
+
+    def unite_rows(self, rows) -> None:
+        """Unite the labels of each row with one another."""
+        if rows.shape[1] > 1:
+            self.unite(rows[:, :1].expand_as(rows), rows)
+
+    def match(self, a: torch.Tensor | None, b: torch.Tensor | None, reason: str) -> None:
+        """Two dimensions must keep the same indices. Where only one has labels it cannot change."""
+        if a is not None and b is not None:
+            if a is not b:
+                self.unite(*torch.broadcast_tensors(a, b))
+        elif (alone := b if a is None else a) is not None:
+            self.freeze(alone, reason)

@@ -1,0 +1,193 @@
+"""Run a model's forward pass on stand-ins for its tensors, and carry labels along.
+
+`LabelMode` is a dispatch mode: each ATen operator runs on the meta device (shapes, no data) or what takes its place
+(shapes.py), and its rule says what became of the labels (rules.py). `run_pass` runs a model under one.
+"""
+
+import contextlib
+import contextvars
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from taylored._errors import TraceError
+from taylored._graph.labels import Labels, along_axis, tensors_of
+from taylored._graph.moves import opaque
+from taylored._graph.rules import rule_of
+from taylored._graph.shapes import BIAS_ONLY, SHAPES, sparing
+from taylored._graph.values import Pass
+from taylored._modules import CONSUMERS, holders, in_mode, untouched, user_line
+from taylored._torch_compat import TorchDispatchMode, eager, flop_registry, operator_name, tree_leaves, tree_map_only
+
+# What a forward pass computes: shapes alone, on the meta device; all but convolutions and matrix products (a model that looks
+# at its data); everything.
+VALUES = ("none", "some", "all")
+INSTEAD = {"none": SHAPES, "some": BIAS_ONLY, "all": {}}
+
+_running = contextvars.ContextVar("taylored_labels_running", default=False)
+
+
+def labels_running() -> bool:
+    """Whether this thread runs a forward pass for its labels; masks that are in force meanwhile step aside."""
+    return _running.get()
+
+
+class LabelMode(Labels, TorchDispatchMode):
+    """Runs operators, carries labels along, and knows which module runs."""
+
+    labelled = True  # whether there are labels to carry; shapes and FLOPs are found without
+
+    def __init__(self, model: nn.Module, values: str = "none"):
+        TorchDispatchMode.__init__(self)
+        Labels.__init__(self)
+        self.values = values  # which operators compute, see `VALUES`
+        self.module_names = {id(module): name for name, module in model.named_modules()}
+        self.stack: list[tuple[nn.Module, tuple, int]] = []  # module, arguments, number of the call
+        self.calls = itertools.count()
+        self.meta: dict[int, torch.Tensor] = {}
+        self.owned: set[int] = set()  # the model's own tensors, and those of them that an op has used
+        self.seen: set[int] = set()
+        self.steps = 1  # for which what runs stands
+        self.dynamic = False  # whether an op's shape depended on its data
+
+    # -- modules -----------------------------------------------------------------------------------------------------
+
+    def where(self) -> str:
+        return self.module_names.get(id(self.stack[-1][0]), type(self.stack[-1][0]).__name__) if self.stack else "forward"
+
+    def enter_module(self, module, args):
+        self.stack.append((module, args, next(self.calls)))
+        if self._recurs(module, args) and (steps := args[0].shape[time := _time(module, args)]) > 1:
+            self.steps = steps
+            return (args[0].narrow(time, 0, 1), *args[1:])
+        return args
+
+    def leave_module(self, module, args, output):
+        _, given, _ = self.stack.pop()
+        if self._recurs(module, given) and isinstance(output, tuple):
+            shape, time, self.steps = list(output[0].shape), _time(module, given), 1
+            shape[time] = given[0].shape[time]
+            return (output[0].expand(shape), *output[1:])
+        return output
+
+    def _recurs(self, module, args) -> bool:
+        """Whether a layer that takes one step after another takes a single one instead: all cost and label the same."""
+        return self.values == "none" and isinstance(module, nn.RNNBase) and bool(args) and isinstance(args[0], torch.Tensor)
+
+    # -- operators ---------------------------------------------------------------------------------------------------
+
+    def to_meta(self, value):
+        if isinstance(value, torch.Tensor):
+            if id(value) in self.owned:
+                self.seen.add(id(value))
+            if value.is_meta:
+                return value
+            if id(value) not in self.meta:
+                self.meta[id(value)] = torch.empty_like(value, device="meta")
+                self.hold(value)
+            return self.meta[id(value)]
+        if isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
+            return type(value)(self.to_meta(v) for v in value)
+        return value
+
+    def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
+        return self.execute(func, args, kwargs or {})
+
+    def execute(self, func, args, kwargs):
+        """Run an operator, on the meta device or what takes its place, and carry the labels along."""
+        if self.values == "none":
+            args = tuple(self.to_meta(a) for a in args)
+            kwargs = {k: self.to_meta(v) for k, v in kwargs.items()}
+            if kwargs.get("device") is not None:
+                kwargs["device"] = torch.device("meta")
+        else:
+            self.seen |= self.owned.intersection(map(id, tensors_of(args, kwargs)))
+        packet, table = func.overloadpacket, INSTEAD[self.values]
+        instead = table.get(packet, table.get(operator_name(func))) if not kwargs else None
+        out = sparing(func, args, kwargs) if instead is None and self.values == "some" else (instead or func)(*args, **kwargs)
+        self.dynamic |= torch.Tag.dynamic_output_shape in func.tags
+        dimensions = self._carry(func, args, kwargs, out) if self.labelled else None
+        if packet in flop_registry:
+            flops = self.steps * flop_registry[packet](*args, **kwargs, out_val=out)
+            self.counted(flops, [d for d in dimensions or () if d is not None])
+        return out
+
+    def _carry(self, func, args, kwargs, out):
+        """Give what an operator has made its labels."""
+        dimensions = None
+        if (rule := rule_of(func)) is not None:
+            dimensions = rule(self, func, args, kwargs, out)
+        else:
+            name = operator_name(func)
+            opaque(self, args, kwargs, out, f'{name} in {self.where()!r} has no rule: taylored.trace_rule("{name}") can add one')
+        self.pass_on_losses(tensors_of(args, kwargs), out)
+        return dimensions
+
+
+def _time(module, args) -> int:
+    """The dimension of a recurrent layer's input along which it takes steps."""
+    return args[0].ndim - 2 if module.batch_first else 0
+
+
+def stand_in(mode: LabelMode, model: nn.Module, name: str, tensor: torch.Tensor, shape) -> torch.Tensor | None:
+    """A tensor without the values of one of the model's, which has that shape instead; None where a run looks at them."""
+    if mode.values == "none":
+        return torch.empty(shape, dtype=tensor.dtype, device="meta")
+    unseen = mode.values == "some" and tensor.ndim > 1 and isinstance(model.get_submodule(name.rpartition(".")[0]), CONSUMERS)
+    return tensor.new_zeros([1] * len(shape)).expand(shape) if unseen else None
+
+
+def label_all(mode: LabelMode, stand_ins: dict[str, torch.Tensor]) -> tuple[dict[tuple[str, int], int], int]:
+    """Give every dimension labels of its own. Returns the first label of each, and how many there are."""
+    offsets, total = {}, 0
+    for name, tensor in stand_ins.items():
+        labels: list[torch.Tensor] = []
+        for d, size in enumerate(tensor.shape):
+            if size > 1:
+                offsets[name, d] = total
+                labels += along_axis(torch.arange(total, total + size), tensor.ndim, d)
+                total += size
+        mode.set(tensor, labels)
+    return offsets, total
+
+
+def run_pass(model: nn.Module, stand_ins: dict[str, torch.Tensor], mode: LabelMode, training: bool, args, kwargs) -> Pass:
+    """One forward pass under a label mode, with other tensors in the place of the model's own; freezes its outputs."""
+    mode.stack.clear()
+    mode.owned = {id(t) for t in stand_ins.values()}
+    rng = contextlib.nullcontext() if mode.values == "none" else torch.random.fork_rng(devices=[])
+    try:
+        if mode.values == "none":
+            args, kwargs = (tree_map_only(torch.Tensor, mode.to_meta, a) for a in (args, kwargs))
+        with untouched(model), in_mode(model, training), _following(model, mode), torch.no_grad(), rng, eager(), mode:
+            # not tied by torch, which loses the tensors of a module with several names
+            everywhere = {place: stand_ins[name] for place, name in holders(model).items()}
+            output = torch.func.functional_call(model, everywhere, args, kwargs, tie_weights=False)
+    except TraceError:
+        raise
+    except Exception as error:
+        raise TraceError(f"{user_line(error.__traceback__)}: {type(error).__name__}: {error}") from error
+    outputs = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor)]
+    for tensor in outputs:
+        mode.freeze_all(tensor, "the model's output")
+    if mode.values == "none":
+        args, kwargs = (tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device="meta"), a) for a in (args, kwargs))
+    return Pass(training, mode.values, mode.dynamic, args, kwargs, [tuple(t.shape) for t in outputs])
+
+
+@contextlib.contextmanager
+def _following(model: nn.Module, mode: LabelMode) -> Iterator[None]:
+    """Let the mode know which module runs, before the user's own hooks do."""
+    hooks: list = []
+    token = _running.set(True)
+    try:
+        for module in model.modules():
+            hooks.append(module.register_forward_pre_hook(mode.enter_module, prepend=True))
+            hooks.append(module.register_forward_hook(mode.leave_module, prepend=True, always_call=True))
+        yield
+    finally:
+        _running.reset(token)
+        for hook in hooks:
+            hook.remove()

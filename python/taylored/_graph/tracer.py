@@ -1,0 +1,77 @@
+"""What a forward pass says about channels: which labels were united, which are frozen and why, and what the layers did."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from taylored._graph.labels import Label
+from taylored._graph.mode import LabelMode
+from taylored._modules import CONSUMERS, CONVOLUTIONS
+
+
+class Application(NamedTuple):
+    """One call of a convolution, linear or recurrent layer. filters: the labels of its output channels, None for the reason
+    `unlabelled`; outputs: how many they are; contracted: the labels of its input's channels, None where it mixes no units; axis:
+    their dimension; positions: elements of its input per example and channel; call: its number."""
+
+    filters: Label | None
+    outputs: int
+    unlabelled: str
+    contracted: Label | None
+    is_convolution: bool
+    axis: int
+    positions: int
+    call: int
+
+
+class Tracer(LabelMode):
+    """Notes what there is to know."""
+
+    def __init__(self, model: nn.Module, fully_connected: bool, values: str = "none"):
+        super().__init__(model, values)
+        self.fully_connected = fully_connected
+        self.edges: list[tuple[Label, Label]] = []
+        self.ties: list[tuple[Label, Label]] = []  # of equal positions in pieces that must stay equally many
+        self.pieces = 1  # the most that anything was cut into
+        self.frozen: list[tuple[Label, str]] = []
+        self.filters: list[Label] = []
+        self.heads: list[Label] = []  # filters of fully connected layers
+        self.applications: dict[str, list[Application]] = {}
+        self.costs: list[tuple[int, list[Label]]] = []
+
+    def unite(self, a, b):
+        self.edges.append((a.reshape(-1), b.reshape(-1)))
+
+    def split_evenly(self, rows):
+        self.ties += [(rows[:, 0], rows[:, i]) for i in range(1, rows.shape[1])]
+        self.pieces = max(self.pieces, rows.shape[1])
+
+    def freeze(self, label, reason):
+        self.frozen.append((label.reshape(-1), reason))
+
+    def counted(self, flops, dimensions):
+        self.costs.append((flops, dimensions))
+
+    def applied(self, filters, count, contracted, unlabelled):
+        module, args, call = self.stack[-1] if self.stack else (None, (), -1)
+        is_convolution = isinstance(module, CONVOLUTIONS)
+        standard = isinstance(module, CONSUMERS) and args and isinstance(args[0], torch.Tensor)
+        if contracted is not None and not (standard and self._takes(args[0], 1 if is_convolution else -1, contracted)):
+            self.freeze(contracted, f"multiplied by weights in {self.where()!r}, outside of a convolution or linear layer")
+            contracted = None
+        if not standard:
+            if filters is not None:
+                self.filters.append(filters)  # a filter all the same, but explain() has no layer to list it under
+            return
+        if filters is not None:
+            pointwise_in_space = is_convolution or args[0].ndim > 2 or self.fully_connected
+            (self.filters if pointwise_in_space else self.heads).append(filters)
+        axis = 1 if is_convolution else -1
+        positions = args[0].numel() // max(1, args[0].shape[0] * args[0].shape[axis])
+        application = Application(filters, count, unlabelled, contracted, is_convolution, axis, positions, call)
+        self.applications.setdefault(self.where(), []).append(application)
+
+    def _takes(self, x, axis, label) -> bool:
+        found = self.channels(x, axis)
+        return found is not None and torch.equal(found, label)

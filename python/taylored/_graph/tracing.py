@@ -1,0 +1,140 @@
+"""Find out which channels of a model live and die together.
+
+`trace` gives every dimension of every parameter and buffer fresh labels and runs the model once with them; what is connected in
+the end is one unit. Comes in: a module and example inputs. Goes out: a `ChannelGraph`.
+"""
+
+import dataclasses
+import warnings
+
+import torch
+from torch import nn
+
+from taylored._errors import TraceError
+from taylored._graph.bundles import with_bundles
+from taylored._graph.components import Traced, graph_of
+from taylored._graph.mode import VALUES, label_all, run_pass, stand_in
+from taylored._graph.rehearsal import ModelRehearser, Rehearsal
+from taylored._graph.tracer import Tracer
+from taylored._graph.values import ChannelGraph
+from taylored._modules import as_arguments, check_module, named_tensors, two_examples
+
+
+def trace(model: nn.Module, example_inputs, *, fully_connected: bool = False) -> ChannelGraph:
+    """Find the units of a model: what can be removed, together with what, and what it costs.
+
+    The model runs once on the meta device, in eval mode (and in training mode too if that reaches parameters which
+    eval mode does not, such as auxiliary heads); nothing about it changes. A model that looks at its data runs for
+    real instead: at first with convolutions and matrix products that give their bias, as if no feature were there;
+    where that fails, or leaves parameters unused, with all that they compute. example_inputs: one tensor, a tuple of
+    positional or a dict of keyword arguments. fully_connected: also make the outputs of linear layers on [N, features]
+    removable; by default, as in the paper, only filters are (and the outputs of linear layers that are applied at every
+    position).
+
+    Raises TraceError if the model does not run on the example inputs, naming the line where it fails; TypeError for what is no
+    module, or scripted.
+    """
+    model = check_module(model, "trace(model, example_inputs)")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model must not be scripted: trace and prune the original, script what is left of it")
+    args, kwargs = as_arguments(example_inputs)
+    with torch.inference_mode(False):  # in inference mode operators arrive whole, convolutions and linear layers unseen
+        traced, problems = _run(model, args, kwargs, fully_connected)
+        for problem in problems:
+            warnings.warn(problem, stacklevel=2)
+        search, known = True, False
+        while True:
+            graph = dataclasses.replace(graph_of(traced), rehearser=ModelRehearser(model))
+            bundled = with_bundles(traced, graph) if search else None
+            graph, search = bundled or graph, bundled is not None
+            if not (found := _hard_coded(model, graph, known)):
+                return graph
+            known = True
+            for reason in set(found.values()):  # a component is one of its labels
+                traced.tracer.freeze(torch.tensor([c for c, why in found.items() if why == reason]), reason)
+
+
+def _run(model, args, kwargs, fully_connected) -> tuple[Traced, list[str]]:
+    """What the model did, in a run that computes no more than it must, and what a user should know of it."""
+    tensors = named_tensors(model)
+    found: tuple[Traced, list[str], list[str]] | None = None
+    failure: TraceError | None = None
+    for values in VALUES[:1] if any(t.is_meta for t in tensors.values()) else VALUES:
+        try:
+            traced, unseen, problems = _run_with(values, model, tensors, args, kwargs, fully_connected)
+        except TraceError as error:
+            error.__cause__, failure = error.__cause__ or failure, error
+            continue
+        found = traced, unseen, problems
+        if values != "some" or not unseen:
+            break
+    if found is None:
+        assert failure is not None
+        raise failure
+    traced, unseen, problems = found
+    if unseen:
+        problems.append(f"the forward pass never used {unseen}; they are left as they are")
+    return traced, problems
+
+
+def _run_with(values, model, tensors, args, kwargs, fully_connected):
+    tracer = Tracer(model, fully_connected, values)
+    stand_ins = {}
+    for name, tensor in tensors.items():
+        blank = stand_in(tracer, model, name, tensor, tensor.shape)
+        stand_ins[name] = tensor.detach().clone() if blank is None else blank
+    offsets, total = label_all(tracer, stand_ins)
+    passes = [run_pass(model, stand_ins, tracer, False, args, kwargs)]
+    costs, tracer.costs = tracer.costs, []
+    unseen, problems = [name for name, _ in model.named_parameters() if id(stand_ins[name]) not in tracer.seen], []
+    if unseen:
+        try:
+            passes.append(run_pass(model, stand_ins, tracer, True, *two_examples(args, kwargs)))
+        except TraceError as error:
+            problems.append(f"training mode could not be traced ({error})")
+        unseen = [name for name in unseen if id(stand_ins[name]) not in tracer.seen]
+    return Traced(model, tensors, tracer, tuple(passes), offsets, total, costs), unseen, problems
+
+
+def _hard_coded(model, graph: ChannelGraph, known: bool) -> dict[int, str]:
+    """The components that the model does not run without, and why: a forward that hard-codes their number.
+
+    known: there are some already; otherwise shapes alone are looked at first, which takes half the time."""
+
+    def without(parts, labelled):
+        """None, or what goes wrong when the parts (group name -> units) are gone, and where."""
+        removed = {name: torch.arange(count) for part in parts for name, count in part.items()}
+        for traced in graph.passes:
+            mode = Rehearsal(model, graph, removed, labelled)
+            try:
+                mode.run(model, traced)
+            except TraceError as error:
+                return str(error), mode.blamed
+        return None
+
+    # One unit of each group, and what the bundles lose first. Where a single one is left there is nothing to label it by.
+    parts: list[dict[str, int]] = []
+    last: list[dict[str, int]] = []
+    bundled = graph.bundled
+    for g in graph.groups:
+        if g.name not in bundled:
+            (parts if g.units > 2 else last).append({g.name: 1})
+    if graph.bundles:
+        _, narrow = next(graph.narrower())
+        parts.append({name: count for name, count in graph.lost_units(narrow).items() if count})
+    if not parts + last or (not known and without(parts + last, labelled=False) is None):
+        return {}
+    fault = without(parts, labelled=True) if parts else None
+    if fault is None and last:
+        parts, fault = last, without(parts + last, labelled=False)
+    if fault is None:
+        return {}
+    if fault[1]:
+        return dict.fromkeys(fault[1], fault[0])
+    alone = [(part, wrong[0]) for part in parts if (wrong := without([part], labelled=False)) is not None]
+    return {
+        c: why
+        for part, why in alone or [(part, fault[0]) for part in parts]
+        for name in part
+        for c in graph.members(graph.group(name))
+    }

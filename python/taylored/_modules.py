@@ -1,0 +1,230 @@
+"""What concerns any module: its inputs, wrappers, names, modes and sizes, and the user's line that runs."""
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from taylored._torch_compat import (
+    MODULE_ATTRIBUTES,
+    BatchNorm,
+    Convolution,
+    NormWithStatistics,
+    compiled_from,
+    is_lazy,
+    own_tensors,
+    tree_leaves,
+    tree_map_only,
+)
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONSUMERS = (*CONVOLUTIONS, nn.Linear, nn.RNNBase)  # what contracts over its first argument's channels
+
+# -- inputs ------------------------------------------------------------------------------------------------------------
+
+
+def as_arguments(example_inputs) -> tuple[tuple, dict]:
+    """One tensor, a tuple of positional arguments or a dict of keyword arguments -> (args, kwargs)."""
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    if isinstance(example_inputs, dict):
+        return (), dict(example_inputs)
+    raise TypeError(f"example_inputs must be a tensor, a tuple or a dict, got {type(example_inputs).__name__}")
+
+
+def run_on(model: nn.Module, inputs):
+    """The model's output for inputs in any of the forms that `as_arguments` takes."""
+    args, kwargs = as_arguments(inputs)
+    return model(*args, **kwargs)
+
+
+def count_examples(batch) -> int:
+    """The size of the first dimension of a batch, however nested: that of its first tensor that has one."""
+    return next(len(t) for t in tree_leaves(batch) if isinstance(t, torch.Tensor) and t.ndim)
+
+
+def two_examples(args, kwargs) -> tuple[tuple, dict]:
+    """A single example doubled along its batch dimension: batch norm in training mode needs two, and torch.export takes a
+    size of one for a constant."""
+
+    def double(t):
+        return torch.cat([t, t]) if t.ndim > 0 and len(t) == 1 else t
+
+    return tree_map_only(torch.Tensor, double, args), tree_map_only(torch.Tensor, double, kwargs)
+
+
+# -- wrappers ----------------------------------------------------------------------------------------------------------
+
+
+def wrappers(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, what it wraps (torch.compile's, DataParallel's and DistributedDataParallel's modules), and so on."""
+    yield model
+    parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    inner = model.module if parallel else compiled_from(model)
+    if isinstance(inner, nn.Module):
+        yield from wrappers(inner)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model without its wrappers."""
+    *_, inner = wrappers(model)
+    return inner
+
+
+def data_parallel(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
+    """The wrapper, if there is one, with which several processes train the model as one."""
+    return next((m for m in wrappers(model) if isinstance(m, nn.parallel.DistributedDataParallel)), None)
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+def check_module(model: nn.Module, call: str = "") -> nn.Module:
+    """The model without its wrappers. Raises TypeError for what is no module, with the order of arguments in `call`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{call and f': {call}'}")
+    return unwrapped(model)
+
+
+def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer by name, shared ones once."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in tensors.items():
+        if is_lazy(tensor):
+            raise ValueError(f"model has an uninitialised lazy parameter {name!r}: run one forward pass first")
+    return tensors
+
+
+def named_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter and buffer by name."""
+    return {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+
+
+def holders(model: nn.Module) -> dict[str, str]:
+    """Every place that holds a parameter or buffer, module by module -> its name, which is that of the first of them."""
+    names = {id(tensor): name for name, tensor in named_tensors(model).items()}
+    return {
+        f"{prefix}.{local}".lstrip("."): names[id(tensor)]
+        for prefix, module in model.named_modules()
+        for local, tensor in own_tensors(module)
+        if tensor is not None
+    }
+
+
+LIBRARIES = tuple(f"{Path(file).parent}/" for file in (torch.__file__, __file__))
+
+
+def user_line(traceback=None) -> str:
+    """'file.py:12': the innermost line of a traceback, or of the running stack, that is the model's own."""
+    if traceback is not None:
+        found = [(t.tb_frame, t.tb_lineno) for t in _walk(traceback, "tb_next")]
+    else:
+        found = [(f, f.f_lineno) for f in _walk(sys._getframe(), "f_back")][::-1]
+    for frame, line in reversed(found):
+        file = frame.f_code.co_filename
+        if not file.startswith((*LIBRARIES, "<")):
+            return f"{file}:{line}"
+    return "in the forward pass"
+
+
+def _walk(link, attribute):
+    while link is not None:
+        yield link
+        link = getattr(link, attribute)
+
+
+# -- modes -------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[nn.Module]:
+    """The model in training or eval mode; afterwards every module is in the mode it came in."""
+    flags = {module: module.training for module in model.modules()}
+    try:
+        yield model if set(flags.values()) == {training} else model.train(training)
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Afterwards the modules' own attributes are what they were: a forward pass may keep values (anchors, position biases, a
+    mask of the last size), and those of the meta device would be of no use to anybody."""
+    before = {m: {key: value for key, value in vars(m).items() if key not in MODULE_ATTRIBUTES} for m in model.modules()}
+    contents = [(v, v.copy()) for values in before.values() for v in values.values() if isinstance(v, (list, dict))]
+    try:
+        yield
+    finally:
+        for module, values in before.items():
+            for key in vars(module).keys() - values.keys() - MODULE_ATTRIBUTES:
+                del module.__dict__[key]
+            module.__dict__.update(values)
+        for container, content in contents:
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(content)
+
+
+# -- sizes -------------------------------------------------------------------------------------------------------------
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+# The tensor that shows a module's sizes; weight norm, as a parametrization or a hook, gives it other names.
+WEIGHTS = ("weight", "parametrizations.weight.original1", "weight_v", "weight_ih_l0", "running_mean")
+
+
+def size_attributes(model: nn.Module, before: Shapes, after: Shapes) -> list[tuple[str, nn.Module, dict[str, int]]]:
+    """What modules say about their own sizes, as it will be, by their names.
+
+    before, after: the shapes of the tensors that change."""
+    found, name_at = [], holders(model)
+    for prefix, module in model.named_modules():
+        names = (name_at.get(f"{prefix}.{local}".lstrip(".")) for local in WEIGHTS)
+        name = next((name for name in names if name in before), None)
+        if name is not None and (values := _sizes(module, before[name], after[name])):
+            found.append((prefix, module, values))
+    return found
+
+
+def _sizes(module: nn.Module, old: tuple[int, ...], new: tuple[int, ...]) -> dict[str, int]:
+    """The attributes of one module, by the shapes of its weight."""
+    if isinstance(module, Convolution):
+        groups = module.groups * new[0] // old[0] if module.groups > 1 else 1
+        first, second = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
+        return {first: new[0], second: new[1] * groups, "groups": groups}
+    if isinstance(module, nn.Linear):
+        return {"in_features": new[1], "out_features": new[0]}
+    if isinstance(module, nn.RNNBase):
+        return {"input_size": new[1]}
+    if isinstance(module, NormWithStatistics):
+        return {"num_features": new[0]}
+    if isinstance(module, nn.GroupNorm):
+        return {"num_channels": new[0], "num_groups": module.num_groups * new[0] // old[0]}
+    if isinstance(module, nn.PReLU):
+        return {"num_parameters": new[0]}
+    return {}
+
+
+@contextlib.contextmanager
+def resized(model: nn.Module, shapes: Shapes) -> Iterator[None]:
+    """Within the context modules say of their sizes what they will once the model's tensors have the given shapes."""
+    there = named_shapes(model)
+    attributes = size_attributes(model, {n: shape for n, shape in there.items() if shape != tuple(shapes[n])}, shapes)
+    before = [(module, {name: getattr(module, name) for name in values}) for _, module, values in attributes]
+    try:
+        for _, module, values in attributes:
+            module.__dict__.update(values)
+        yield
+    finally:
+        for module, values in before:
+            module.__dict__.update(values)
+
+
+def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Every batch norm by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, BatchNorm)}
