@@ -17,12 +17,12 @@ from taylored._torch_compat import tree_leaves
 Label = torch.Tensor  # int64, broadcastable to the shape of the tensor that it belongs to
 
 
-def varying(label: torch.Tensor) -> tuple[int, ...]:
+def varying(label: Label) -> tuple[int, ...]:
     """The dimensions along which a label tensor is not broadcast."""
     return tuple(i for i, size in enumerate(label.shape) if size > 1)
 
 
-def compress(label: torch.Tensor) -> torch.Tensor:
+def compress(label: Label) -> Label:
     """Narrow every dimension along which the labels do not change to size 1."""
     label = unexpanded(label)
     for i, size in enumerate(label.shape):
@@ -31,7 +31,7 @@ def compress(label: torch.Tensor) -> torch.Tensor:
     return label
 
 
-def unexpanded(x) -> torch.Tensor:
+def unexpanded(x: torch.Tensor) -> torch.Tensor:
     """Narrow every dimension along which x is one value in memory."""
     for d, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
         if size > 1 and stride == 0:
@@ -39,7 +39,8 @@ def unexpanded(x) -> torch.Tensor:
     return x
 
 
-def tensors_of(args, kwargs):
+def tensors_of(args, kwargs) -> Iterator[torch.Tensor]:
+    """The tensors among an operator's arguments, and in lists among them."""
     for value in itertools.chain(args, kwargs.values()):
         if isinstance(value, torch.Tensor):
             yield value
@@ -47,16 +48,18 @@ def tensors_of(args, kwargs):
             yield from (v for v in value if isinstance(v, torch.Tensor))
 
 
-def with_ndim(label, ndim):
+def with_ndim(label: Label, ndim: int) -> Label:
+    """A label with dimensions of size 1 in front, until it has so many."""
     return label if label.ndim == ndim else label.reshape((1,) * (ndim - label.ndim) + tuple(label.shape))
 
 
-def _size(tensor, axis, ndim):
+def _size(tensor, axis, ndim) -> int:
+    """That of a dimension of what the tensor is broadcast to, [ndim]."""
     axis -= ndim - tensor.ndim
     return tensor.shape[axis] if axis >= 0 else 1
 
 
-def along_axis(label: torch.Tensor | None, ndim: int, axis: int):
+def along_axis(label: Label | None, ndim: int, axis: int) -> tuple[Label, ...]:
     """Labels [C] of one dimension of an `ndim`-dimensional tensor, ready to broadcast."""
     if label is None or label.numel() == 1:
         return ()
@@ -64,7 +67,11 @@ def along_axis(label: torch.Tensor | None, ndim: int, axis: int):
 
 
 class Labels:
-    """The labels of the tensors of one forward pass."""
+    """The labels of the tensors of one forward pass: what a rule is given.
+
+    It asks `get` and `channels` what is there, says with `emit` and `set` what comes out, and what that means for what went in:
+    `unite`, `unite_rows`, `match` and `broadcast` where labels meet, `split_evenly` where channels are cut in pieces, `freeze`,
+    `freeze_all`, `require_all` and `unite_along` where they cannot go one by one."""
 
     planned = False  # whether the model runs as a plan leaves it: one group of channels may be what is left of several
 
@@ -78,17 +85,19 @@ class Labels:
 
     # -- what subclasses say -----------------------------------------------------------------------------------------
 
-    def unite(self, a: torch.Tensor, b: torch.Tensor) -> None:
+    def unite(self, a: Label, b: Label) -> None:
+        """What has a label of a lives and dies with what has the label of b at the same place. Same shapes."""
         raise NotImplementedError
 
-    def split_evenly(self, rows: torch.Tensor) -> None:
+    def split_evenly(self, rows: Label) -> None:
         """Each column [n] of the labels is a piece of the channels, one of several that must stay equally many."""
 
-    def freeze(self, label: torch.Tensor, reason: str) -> None:
+    def freeze(self, label: Label, reason: str) -> None:
+        """What has one of these labels stays."""
         raise NotImplementedError
 
-    def applied(self, filters, count, contracted, unlabelled) -> None:
-        """A convolution or matrix product makes `count` channels labelled `filters` ([count], or None for the reason
+    def applied(self, filters, outputs, contracted, unlabelled) -> None:
+        """A convolution or matrix product makes `outputs` channels labelled `filters` ([outputs], or None for the reason
         `unlabelled`) and contracts over the labels `contracted` ([C] or None: it does not mix units)."""
 
     def counted(self, flops: int, dimensions: list[torch.Tensor]) -> None:
@@ -98,12 +107,14 @@ class Labels:
         """The name of the module that runs."""
         raise NotImplementedError
 
-    # -- which labels a tensor has ---------------------------------------------------------------------------------------------
+    # -- which labels a tensor has -----------------------------------------------------------------------------------
 
-    def get(self, tensor) -> tuple[torch.Tensor, ...]:
+    def get(self, tensor: torch.Tensor) -> tuple[Label, ...]:
+        """A tensor's labels; none where it has no channels that can go."""
         return self._labels.get(id(tensor), ())
 
-    def set(self, tensor, labels) -> None:
+    def set(self, tensor: torch.Tensor, labels) -> None:
+        """Give a tensor labels, in the place of those that it has."""
         self._labels[id(tensor)] = tuple(labels)
         self._held.append(tensor)
 
@@ -120,6 +131,7 @@ class Labels:
         return id(tensor) in self._uniform
 
     def set_uniform(self, tensor: torch.Tensor, uniform: bool = True) -> None:
+        """Say that it has, or no longer."""
         if uniform:
             self._uniform.add(id(tensor))
             self._held.append(tensor)

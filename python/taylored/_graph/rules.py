@@ -256,7 +256,7 @@ RULES: dict[object, Rule] = {
 FOREIGN = dict.fromkeys(("torchvision::roi_align", "torchvision::roi_pool"), places)
 
 
-def trace_rule(op: str, like: str | None = None):
+def trace_rule(op: str, like: str | None = None) -> Callable:
     """Teach `trace` what an operator does to channels; explain() names those without a rule, whose channels stay.
 
     op: "namespace::name". like: an operator with a rule that means the same for channels, in the same arguments:

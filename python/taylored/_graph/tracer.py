@@ -53,7 +53,7 @@ class Tracer(LabelMode):
     def counted(self, flops, dimensions):
         self.costs.append((flops, dimensions))
 
-    def applied(self, filters, count, contracted, unlabelled):
+    def applied(self, filters, outputs, contracted, unlabelled):
         module, args, call = self.stack[-1] if self.stack else (None, (), -1)
         is_convolution = isinstance(module, CONVOLUTIONS)
         standard = isinstance(module, CONSUMERS) and args and isinstance(args[0], torch.Tensor)
@@ -69,7 +69,7 @@ class Tracer(LabelMode):
             (self.filters if pointwise_in_space else self.heads).append(filters)
         axis = 1 if is_convolution else -1
         positions = args[0].numel() // max(1, args[0].shape[0] * args[0].shape[axis])
-        application = Application(filters, count, unlabelled, contracted, is_convolution, axis, positions, call)
+        application = Application(filters, outputs, unlabelled, contracted, is_convolution, axis, positions, call)
         self.applications.setdefault(self.where(), []).append(application)
 
     def _takes(self, x, axis, label) -> bool:

@@ -43,16 +43,18 @@ class Group(Value):
 
     @property
     def units(self) -> int:
+        """How many there are."""
         return len(next(iter(self.slots.values())))
 
     @property
     def consumers(self) -> tuple[str, ...]:
+        """The names of the layers that contract over the units."""
         return tuple(self.inputs)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.units
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Group({self.name!r}, units={self.units}, layers={list(self.layers)}, consumers={list(self.inputs)})"
 
 
@@ -185,6 +187,7 @@ class ChannelGraph(Value):
             raise DamagedFile(f"{path} does not hold a graph: {error}") from error
 
     def group(self, name: str) -> Group:
+        """The group of that name. Raises KeyError, naming those that there are."""
         for group in self.groups:
             if group.name == name:
                 return group
@@ -202,14 +205,17 @@ class ChannelGraph(Value):
 
     @property
     def units(self) -> int:
+        """Units of all groups."""
         return sum(g.units for g in self.groups)
 
     @property
     def flops(self) -> int:
+        """FLOPs of the example inputs, two per multiply-add."""
         return sum(c.value for c in self.flop_costs)
 
     @property
     def params(self) -> int:
+        """Elements of all parameters."""
         return sum(math.prod(self.shapes[name]) for name in self.parameters)
 
     @property

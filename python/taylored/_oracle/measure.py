@@ -86,22 +86,28 @@ def oracle(
         else:
             _measure(replay, batches, loss_fn, mine, budget, journal, show)
         journal.save()
+    result = _collected(graph, chosen, journal, mode, world, next(model.parameters()).device)
+    if precision != "float32" and rank == 0 and progress:
+        print(_agreement(model, graph, first, loss_fn, chosen, budget))
+    return result
+
+
+def _collected(graph, chosen, journal, mode, world, device) -> dict[str, torch.Tensor]:
+    """The sums of all ranks over the examples, NaN where nothing was measured."""
     result = {}
     for group in graph.groups:
         if group.name in chosen:
             total = journal.sums[group.name]
             if world > 1:
-                device = next(model.parameters()).device if torch.distributed.get_backend() == "nccl" else "cpu"
-                shared = total.to(device)
+                shared = total.to(device if torch.distributed.get_backend() == "nccl" else "cpu")
                 torch.distributed.all_reduce(shared)
                 total = shared.cpu()
+            units = chosen[group.name]
             change = torch.full((group.units,), math.nan, dtype=torch.float64)
-            change[chosen[group.name]] = total[chosen[group.name]] / journal.examples
-            if not change[chosen[group.name]].isfinite().all():
+            change[units] = total[units] / journal.examples
+            if not change[units].isfinite().all():
                 raise FloatingPointError(f"the loss is not finite without some unit of {group.name!r}")
             result[group.name] = change.abs() if mode == "abs" else change
-    if precision != "float32" and rank == 0 and progress:
-        print(_agreement(model, graph, first, loss_fn, chosen, budget))
     return result
 
 
