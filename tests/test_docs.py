@@ -42,6 +42,20 @@ def test_the_api_page_has_all_that_is_public():
     assert not missing
 
 
+def test_tests_that_pages_name_are_there():
+    for page in PAGES:
+        for file, test in re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", page.read_text(encoding="utf-8")):
+            assert (ROOT / file).is_file(), (name(page), file)
+            assert not test or f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), (name(page), file, test)
+
+
+def test_files_that_the_architecture_names_are_there():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:csrc|python|tests|docs|benchmarks)/[\w./]+\.(?:py|cpp|h|md|json))`", text)
+    missing = [path for path in named if "/X." not in path and not (ROOT / path).exists()]
+    assert named and not missing
+
+
 def test_pages_name_no_private_module_as_public():
     """What begins with an underscore is for contributors: architecture.md alone speaks of it."""
     for page in PAGES:

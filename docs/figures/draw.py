@@ -94,9 +94,15 @@ def criteria(measured):
 def oracle(measured):
     rows = measured["oracle"]["rows"]
     figure, ax = plt.subplots(figsize=(7.2, 3.0), layout="constrained")
-    kinds = (("flops_allow", "what the FLOPs allow", GREY), ("float32", "replay, float32", BLUE), ("bfloat16", "replay, bfloat16", ORANGE))
+    kinds = (
+        ("flops_allow", "what the FLOPs allow", GREY),
+        ("float32", "replay, float32", BLUE),
+        ("bfloat16", "replay, bfloat16", ORANGE),
+    )
     for n, (key, label, colour) in enumerate(kinds):
-        ax.barh([i + (n - 1) * 0.26 for i in range(len(rows))], [row[key] for row in rows], height=0.25, color=colour, label=label)
+        ax.barh(
+            [i + (n - 1) * 0.26 for i in range(len(rows))], [row[key] for row in rows], height=0.25, color=colour, label=label
+        )
         for i, row in enumerate(rows):
             ax.text(row[key] + 0.1, i + (n - 1) * 0.26, f"{row[key]:g}x", va="center", fontsize=8)
     ax.set_yticks(range(len(rows)), [row["model"] for row in rows])
@@ -107,13 +113,17 @@ def oracle(measured):
 
 
 def box(ax, x, y, width, height, text, colour=PALE, edge=GREY, size=9):
-    ax.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.06", facecolor=colour, edgecolor=edge))
+    ax.add_patch(
+        FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.06", facecolor=colour, edgecolor=edge)
+    )
     ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=size)
 
 
 def arrow(ax, start, end, colour=INK, bend=0.0):
     style = f"arc3,rad={bend}"
-    ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=10, color=colour, linewidth=1, connectionstyle=style))
+    ax.add_patch(
+        FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=10, color=colour, linewidth=1, connectionstyle=style)
+    )
 
 
 def canvas(width, height):
@@ -159,7 +169,7 @@ def units():
     ax.text(
         0.6,
         1.42,
-        "one unit of the group of the trunk: a filter of stem and of conv2 (and their batch norms); its consumers are conv1 and head",
+        "one unit of the trunk's group: a filter of stem and of conv2 (and their batch norms); its consumers are conv1 and head",
         va="center",
         fontsize=8,
     )
@@ -168,7 +178,7 @@ def units():
     ax.text(
         0.3,
         0.45,
-        "To remove a unit is, exactly, to zero it at the inputs of its consumers: the two gates of a blue unit are at conv1 and at head.",
+        "To remove a unit is, exactly, to zero it at the inputs of its consumers: a blue unit's gates are at conv1 and at head.",
         fontsize=8,
     )
     for x in (2.72, 7.87):
