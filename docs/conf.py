@@ -1,5 +1,7 @@
 """The site: `sphinx-build -W docs build/docs`, with the package installed (its docstrings make api.md)."""
 
+import dataclasses
+import inspect
 import re
 
 import taylored
@@ -33,19 +35,32 @@ NAME = re.compile(r"[A-Za-z_][\w.]*")
 SPAN = re.compile(r"(``.*?``|`[^`]+`)", re.DOTALL)
 
 
-def plain(_app, _what, _name, _object, _options, lines):
-    """Docstrings are plain text with code in backticks: names become links, and what is special to reStructuredText is not."""
+def arguments(what) -> list[str]:
+    """The names of a function's arguments, a class's, or a data class's fields."""
+    names = [field.name for field in dataclasses.fields(what)] if dataclasses.is_dataclass(what) else []
+    try:
+        return names + list(inspect.signature(what).parameters)
+    except (TypeError, ValueError):
+        return names
+
+
+def plain(_app, _what, _name, what, _options, lines):
+    """Docstrings are plain text with code in backticks: names become links, arguments ("name: what it is") bold, and what is
+    special to reStructuredText is not."""
     text = "\n".join(lines)
     if text.startswith(":"):
         return  # a field of a data class, of which Sphinx makes its own
     indented = re.compile(r"\n[ ]{4,}\S")
+    named = "|".join(sorted({re.escape(n) for n in arguments(what)}, key=len, reverse=True))
+    described = re.compile(rf"(?:^|(?<=[.;,] )|(?<=\n))((?:{named})(?:, (?:{named}))*):(?=\s)") if named else None
     parts = []
     for part in SPAN.split(text):
         if part.startswith("`"):
             code = " ".join(part.strip("`").split())
             parts.append(f":py:obj:`{code}`" if NAME.fullmatch(code) else f"``{code}``")
         else:
-            parts.append(re.sub(r"([|*])|(?<=\w)(_)(?!\w)", r"\\\1\2", part))
+            part = re.sub(r"([|*])|(?<=\w)(_)(?!\w)", r"\\\1\2", part)
+            parts.append(described.sub(r"**\1**:", part) if described else part)
     text = "".join(parts)
     # A paragraph that ends in a colon before an indented one introduces code.
     blocks = text.split("\n\n")

@@ -49,7 +49,8 @@ def bars(axes, title, labels, values, texts, colours):
 
 def results(measured):
     """Before and after on photographs; the cut beside a peer's; criteria beside the oracle."""
-    figure, axes = plt.subplots(2, 3, figsize=(9.4, 4.0), gridspec_kw={"height_ratios": (1, 1.25)}, layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(9.4, 4.4), gridspec_kw={"height_ratios": (1, 2)}, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
     photographs, pair = measured["photographs"], ("before", "after")
     for ax, title, key, form in (
         (axes[0, 0], "test accuracy", "accuracy_percent", "{:.2f}%"),
@@ -152,9 +153,9 @@ def units():
         (5.2, "conv2", trunk, "filters"),
     ):
         box(ax, x, 2.05, 1.2, 1.05, "", PALE)
-        ax.text(x + 0.32, 2.9, name, ha="center", va="center", fontsize=9)
+        ax.text(x + 0.32, 2.9, name, ha="center", va="center", fontsize=10)
         stripes(ax, x + 0.72, 2.78, colours)
-        ax.text(x + 0.32, 2.3, under, ha="center", fontsize=8, color="#5f6368")
+        ax.text(x + 0.32, 2.3, under, ha="center", fontsize=9, color="#5f6368")
     ax.add_patch(plt.Circle((7.25, 2.57), 0.17, facecolor="white", edgecolor=INK))
     ax.text(7.25, 2.56, "+", ha="center", va="center", fontsize=12)
     box(ax, 8.05, 2.05, 1.1, 1.05, "head", PALE)
@@ -164,22 +165,22 @@ def units():
     arrow(ax, (7.42, 2.57), (8.05, 2.57))
     ax.plot([2.1, 2.1, 7.25], [2.57, 3.6, 3.6], color=INK, linewidth=1)
     arrow(ax, (7.25, 3.6), (7.25, 2.75))
-    ax.text(4.7, 3.68, "residual sum: stem's and conv2's channels meet, so they are the same units", ha="center", fontsize=8)
+    ax.text(4.7, 3.72, "residual sum: stem's and conv2's channels meet, they are the same units", ha="center", fontsize=10)
     ax.add_patch(Rectangle((0.3, 1.32), 0.2, 0.2, facecolor=BLUE))
     ax.text(
         0.6,
         1.42,
-        "one unit of the trunk's group: a filter of stem and of conv2 (and their batch norms); its consumers are conv1 and head",
+        "a unit of the trunk: one filter of stem and one of conv2; its consumers are conv1 and head",
         va="center",
-        fontsize=8,
+        fontsize=10,
     )
     ax.add_patch(Rectangle((0.3, 0.92), 0.2, 0.2, facecolor=ORANGE))
-    ax.text(0.6, 1.02, "one unit of the group of conv1: a filter of conv1; its consumer is conv2", va="center", fontsize=8)
+    ax.text(0.6, 1.02, "a unit of conv1: one filter; its consumer is conv2", va="center", fontsize=10)
     ax.text(
         0.3,
         0.45,
-        "To remove a unit is, exactly, to zero it at the inputs of its consumers: a blue unit's gates are at conv1 and at head.",
-        fontsize=8,
+        "To remove a unit is to zero it where its consumers read it (bars of its colour).",
+        fontsize=10,
     )
     for x in (2.72, 7.87):
         ax.plot([x, x], [2.42, 2.72], color=BLUE, linewidth=3)
@@ -198,14 +199,14 @@ def flow():
     )
     for x, name, given, made in steps:
         box(ax, x, 1.75, 1.6, 0.8, name, "#dfe9fb", BLUE)
-        ax.text(x + 0.8, 3.35, given, ha="center", va="center", fontsize=8.5)
+        ax.text(x + 0.8, 3.35, given, ha="center", va="center", fontsize=10)
         arrow(ax, (x + 0.8, 3.08), (x + 0.8, 2.58))
-        ax.text(x + 0.8, 0.95, made, ha="center", va="center", fontsize=8.5, weight="bold")
+        ax.text(x + 0.8, 0.95, made, ha="center", va="center", fontsize=10, weight="bold")
         arrow(ax, (x + 0.8, 1.72), (x + 0.8, 1.2))
     for x in (1.75, 4.1, 6.45):
         arrow(ax, (x, 1.0), (x + 0.72, 1.85))
     arrow(ax, (7.1, 0.55), (0.95, 0.55), GREY)
-    ax.text(4.1, 0.3, "train on; another round traces the smaller model", ha="center", fontsize=8.5, color="#5f6368")
+    ax.text(4.1, 0.3, "train on; another round traces the smaller model", ha="center", fontsize=10, color="#5f6368")
     save(figure, "flow.svg")
 
 
