@@ -554,7 +554,7 @@ def test_a_model_that_was_converted_since_its_trace_is_not_said_to_hard_code_a_c
     assert model.net.first.weight.shape[0] == 4
 
 
-@pytest.mark.parametrize("stage", ["size_attributes", "_optimizer_jobs", "rehearse", "_lost", "ops.compact_many_"])
+@pytest.mark.parametrize("stage", ["size_attributes", "state_tensors", "rehearse", "_lost", "ops.compact_many_"])
 def test_an_exception_within_compact_changes_nothing(monkeypatch, stage):
     model, optimizer, x, _ = trained("adam")
     average, plan = AveragedModel(model), dataclasses.replace(random_plan(trace(model, x), 0.5), rehearsed=False)

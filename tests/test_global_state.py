@@ -71,21 +71,23 @@ def test_what_is_compiled_runs_eagerly_while_another_thread_traces_and_compiled_
 
 
 def test_scores_of_two_models_in_two_threads_do_not_mix():
+    tasks = {seed: (nets.small("chain", seed=seed), nets.inputs(4)) for seed in (1, 2)}  # torch's seed is one for all threads
+
     def scores(seed):
-        model, x = nets.small("chain", seed=seed), nets.inputs(4)
+        model, x = tasks[seed]
         graph = trace(model, x)
         with TaylorScorer(model, graph) as scorer:
             for _ in range(5):
                 model(x).square().mean().backward()
         return scorer.scores()
 
-    alone, found = [scores(seed) for seed in (1, 2)], {}
-    threads = [threading.Thread(target=lambda seed=seed: found.update({seed: scores(seed)})) for seed in (1, 2)]
+    alone, found = {seed: scores(seed) for seed in tasks}, {}
+    threads = [threading.Thread(target=lambda seed=seed: found.update({seed: scores(seed)})) for seed in tasks]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for seed, expected in zip((1, 2), alone):
+    for seed, expected in alone.items():
         assert all(torch.allclose(found[seed][name], s) for name, s in expected.items())
 
 

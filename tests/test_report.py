@@ -46,7 +46,7 @@ def run():
 
 
 def test_the_page_stands_alone(run, tmp_path):
-    report.write(tmp_path / "report.html", *run)
+    report.write(*run, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
     assert page.count("<svg") == 3
@@ -56,7 +56,7 @@ def test_the_page_stands_alone(run, tmp_path):
 
 
 def test_the_pages_elements_are_closed(run, tmp_path):
-    report.write(tmp_path / "report.html", *run)
+    report.write(*run, tmp_path / "report.html")
     open_elements = []
 
     class Checker(HTMLParser):
@@ -76,14 +76,14 @@ def test_the_pages_elements_are_closed(run, tmp_path):
 
 def test_ids_of_different_pictures_differ(run, tmp_path):
     """Two pictures with the same clip path would be cut by the first one's."""
-    report.write(tmp_path / "report.html", *run)
+    report.write(*run, tmp_path / "report.html")
     clips = re.findall(r'clipPath id="([^"]+)"', (tmp_path / "report.html").read_text())
     assert clips and len(clips) == len(set(clips))
 
 
 def test_a_run_without_final_epochs_has_a_page(run, tmp_path):
     summary, history, plan = run
-    report.write(tmp_path / "report.html", summary, history[:2], plan)
+    report.write(summary, history[:2], plan, tmp_path / "report.html")
     assert (tmp_path / "report.html").read_text().count("<svg") == 3
 
 
