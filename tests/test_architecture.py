@@ -148,11 +148,7 @@ def test_what_is_public_is_typed_and_explained(name, function):
     assert function.__doc__, name
     signature, hints = inspect.signature(function), typing.get_type_hints(function)
     own = [p for p in signature.parameters if p not in ("self", "cls")]
-    # what takes any nesting of tensors, or whatever has the interface of one, is described in words
-    assert "return" in hints and not [p for p in own if p not in hints and p not in DESCRIBED], name
-
-
-DESCRIBED = {"example_inputs", "optimizer", "also", "ignore", "scheduler"}
+    assert "return" in hints and not [p for p in own if p not in hints], name
 
 
 def table() -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import signal
 import threading
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from taylored import ops
 from taylored._errors import PlanError
 from taylored._graph.values import complement
 from taylored._modules import data_parallel, named_tensors, size_attributes, unwrapped
-from taylored._optimizers import as_optimizers, rule_of, state_tensors
+from taylored._optimizers import Optimizers, as_optimizers, rule_of, state_tensors
 from taylored._plan import PrunePlan, rehearse
 from taylored._torch_compat import compiled_from, forget_compiled
 
@@ -44,8 +45,17 @@ class Removed:
         return f"Removed({self.plan!r}, {len(self.lost)} tensors, {size / 2**20:.1f} MiB)"
 
 
+Averages = nn.Module | Mapping[str, torch.Tensor] | Sequence[nn.Module | Mapping[str, torch.Tensor]]
+
+
 def compact(
-    model: nn.Module, plan: PrunePlan, optimizer=None, also=(), *, release: bool = False, keep_removed: bool = False
+    model: nn.Module,
+    plan: PrunePlan,
+    optimizer: Optimizers = None,
+    also: Averages = (),
+    *,
+    release: bool = False,
+    keep_removed: bool = False,
 ) -> Removed | None:
     """Remove a plan's units from the model, in place.
 
@@ -82,7 +92,7 @@ def compact(
     return removed
 
 
-def restore(model: nn.Module, removed: Removed, optimizer=None, also=()) -> None:
+def restore(model: nn.Module, removed: Removed, optimizer: Optimizers = None, also: Averages = ()) -> None:
     """Undo `removed = compact(model, plan, optimizer, also, keep_removed=True)`, given the same arguments.
 
     What was cut off comes back as it was, what was kept stays as it is: all is exactly as before the cut if nothing was

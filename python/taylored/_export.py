@@ -16,14 +16,14 @@ from torch import nn
 
 from taylored._errors import ExportError
 from taylored._files import write_atomically
-from taylored._modules import as_arguments, check_module, in_mode, two_examples
+from taylored._modules import Inputs, as_arguments, check_module, in_mode, two_examples
 from taylored._torch_compat import tree_leaves, tree_map
 
 FORMATS = (".onnx", ".pt2")
 TOLERANCE = 1e-3  # of the largest output: other kernels add up in another order
 
 
-def export(model: nn.Module, example_inputs, path: str | os.PathLike, *, any_batch: bool = True) -> float | None:
+def export(model: nn.Module, example_inputs: Inputs, path: str | os.PathLike, *, any_batch: bool = True) -> float | None:
     """Write the model, as it is in eval mode, to a file; the path's ending says of which kind: .pt2 for `torch.export.load`,
     .onnx for ONNX (needs onnx and onnxscript: `pip install 'taylored[onnx]'`).
 

@@ -23,10 +23,12 @@ from taylored._torch_compat import (
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONSUMERS = (*CONVOLUTIONS, nn.Linear, nn.RNNBase)  # what contracts over its first argument's channels
 
+Inputs = torch.Tensor | tuple | list | dict  # one tensor, positional or keyword arguments
+
 # -- inputs ------------------------------------------------------------------------------------------------------------
 
 
-def as_arguments(example_inputs) -> tuple[tuple, dict]:
+def as_arguments(example_inputs: Inputs) -> tuple[tuple, dict]:
     """One tensor, a tuple of positional arguments or a dict of keyword arguments -> (args, kwargs)."""
     if isinstance(example_inputs, torch.Tensor):
         return (example_inputs,), {}

@@ -13,7 +13,7 @@ To add an optimizer whose state has another form, write a `StateRule` and enter 
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,8 @@ from torch.optim import LBFGS, Optimizer
 from taylored._errors import PlanError
 from taylored._plan import PrunePlan
 from taylored._torch_compat import forget_element_count
+
+Optimizers = Optimizer | Sequence[Optimizer] | None
 
 
 class StateTensor(NamedTuple):
@@ -55,9 +57,9 @@ def rule_of(optimizer: Optimizer) -> StateRule:
     return next(RULES[cls] for cls in type(optimizer).__mro__ if cls in RULES)
 
 
-def as_optimizers(optimizer) -> list[Optimizer]:
+def as_optimizers(optimizer: Optimizers) -> list[Optimizer]:
     """None, an optimizer or several of them -> a list. Raises TypeError for what is none."""
-    optimizers = [] if optimizer is None else list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+    optimizers = [] if optimizer is None else list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
     for opt in optimizers:
         if not isinstance(getattr(opt, "param_groups", None), list):
             raise TypeError(f"optimizer must be a torch.optim optimizer or a list of them, got {type(opt).__name__}")

@@ -26,6 +26,9 @@ NORMS = {
 }
 
 
+Ignored = str | nn.Module | Sequence[str | nn.Module]
+
+
 def make_plan(
     graph: ChannelGraph,
     scores: dict[str, torch.Tensor],
@@ -38,7 +41,7 @@ def make_plan(
     round_to: int = 1,
     min_units: int | dict[str, int] = 1,
     max_ratio: float | dict[str, float] = 1.0,
-    ignore: str | nn.Module | Sequence[str | nn.Module] = (),
+    ignore: Ignored = (),
     model: nn.Module | None = None,
 ) -> PrunePlan:
     """Remove the units with the lowest scores until exactly one budget is met.

@@ -18,14 +18,14 @@ from torch import nn
 from tqdm import tqdm
 
 from taylored._checkpoint import difference, load_all, save
-from taylored._compact import compact
+from taylored._compact import Averages, compact
 from taylored._errors import CheckpointError
 from taylored._graph.tracing import trace
 from taylored._graph.values import ChannelGraph
-from taylored._modules import batch_norms, data_parallel, in_mode, run_on
+from taylored._modules import Inputs, batch_norms, data_parallel, in_mode, run_on
 from taylored._optimizers import is_json, parameters_of, rule_of, state_in_file, take_state
 from taylored._plan import PrunePlan
-from taylored._planning import make_plan, named_entries
+from taylored._planning import Ignored, make_plan, named_entries
 from taylored._score import TaylorScorer
 from taylored._torch_compat import tree_map_only
 
@@ -47,7 +47,7 @@ def prune(
     train_loader: Iterable,
     loss_fn: Callable,
     optimizer: torch.optim.Optimizer,
-    example_inputs,
+    example_inputs: Inputs,
     *,
     target_flops: float | None = None,
     target_params: float | None = None,
@@ -56,15 +56,15 @@ def prune(
     round_epochs: float = 1.0,
     final_epochs: int = 5,
     evaluate: Callable[[nn.Module], float] | None = None,
-    scheduler=None,
+    scheduler: Any = None,
     reduction: str = "abs",
     normalize: str = "l2",
     flops_weight: float = 1e-3,
     round_to: int = 1,
     min_units: int | dict[str, int] = 1,
     max_ratio: float | dict[str, float] = 1.0,
-    ignore=(),
-    also=(),
+    ignore: Ignored = (),
+    also: Averages = (),
     freeze_statistics: bool = False,
     checkpoint: str | os.PathLike | None = None,
     resume: bool = False,

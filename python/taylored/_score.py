@@ -58,7 +58,7 @@ class TaylorScorer:
         self._examples: dict[str, int] = {}
         self._arrived: dict[int, dict[str, list[torch.Tensor]]] = {}
 
-    def __enter__(self):
+    def __enter__(self) -> "TaylorScorer":
         if self._handles:
             raise RuntimeError("this TaylorScorer is already active")
         watch_hooks()
@@ -70,7 +70,7 @@ class TaylorScorer:
             self._handles.append((module.register_forward_pre_hook(_Gate(anchor, token, key, self._recomputed)), key))
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         for handle, key in self._handles:
             handle.remove()
             _gate.set_recorder(key, None)

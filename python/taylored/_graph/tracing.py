@@ -17,10 +17,10 @@ from taylored._graph.mode import VALUES, label_all, run_pass, stand_in
 from taylored._graph.rehearsal import ModelRehearser, Rehearsal
 from taylored._graph.tracer import Tracer
 from taylored._graph.values import ChannelGraph
-from taylored._modules import as_arguments, check_module, named_tensors, two_examples
+from taylored._modules import Inputs, as_arguments, check_module, named_tensors, two_examples
 
 
-def trace(model: nn.Module, example_inputs, *, fully_connected: bool = False) -> ChannelGraph:
+def trace(model: nn.Module, example_inputs: Inputs, *, fully_connected: bool = False) -> ChannelGraph:
     """Find the units of a model: what can be removed, together with what, and what it costs.
 
     The model runs once on the meta device, in eval mode (and in training mode too if that reaches parameters which
