@@ -1,8 +1,8 @@
 """Build the operators with CMake and Ninja and put them into taylored/lib.
 
-CMakeLists.txt describes the build; this file only finds what it needs (torch, a compiler, a CUDA toolkit), says what
-to do when something is missing, and tags the wheel cp310-abi3: the libraries use torch's stable ABI and no Python
-symbol, so one wheel serves every later torch and CPython.
+CMakeLists.txt describes the build. This file finds what it needs (torch, a compiler, CMake, Ninja, a CUDA toolkit), says in
+one line what is missing and what brings it, and tags the wheel cp310-abi3: the libraries use torch's stable ABI and no
+Python symbol, so one wheel serves every later torch and CPython.
 """
 
 import os
@@ -18,27 +18,40 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 TORCH_FLOOR = (2, 10)
+CMAKE_FLOOR = (3, 26)  # as CMakeLists.txt says
 # pip does not put a virtual environment's own programs (cmake, ninja) on the PATH of the build it starts there.
 PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
 
 
 def fail(problem, remedy):
-    raise SystemExit(f"taylored: {problem}.\n    {remedy}")
+    raise SystemExit(f"taylored: {problem}. {remedy}")
 
 
-def find_program(name, remedy):
-    return shutil.which(name, path=PATH) or fail(f"no {name} found", remedy)
+def older(version, floor):
+    return tuple(map(int, re.findall(r"\d+", version)[:2])) < floor
+
+
+def find_program(name):
+    return shutil.which(name, path=PATH) or fail(f"no {name} found", f"Install it: pip install {name}")
+
+
+def find_cmake():
+    cmake = find_program("cmake")
+    version = subprocess.run([cmake, "--version"], capture_output=True, text=True).stdout
+    if older(version, CMAKE_FLOOR):
+        fail(f"{cmake} is older than 3.26", "Install a newer one: pip install 'cmake>=3.26'")
+    return cmake
 
 
 def find_torch():
     """Where torch's headers and libraries are."""
-    remedy = "Install it (pip install 'torch>=2.10'), then build against it: pip install --no-build-isolation ."
+    remedy = "Install it and build against it: pip install 'torch>=2.10' && pip install --no-build-isolation ."
     try:
         import torch
         from torch.utils import cpp_extension
     except ModuleNotFoundError as error:
         fail(f"the build needs torch, and importing it failed ({error})", remedy)
-    if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < TORCH_FLOOR:
+    if older(torch.__version__, TORCH_FLOOR):
         fail(f"torch {torch.__version__} is too old, 2.10 is the oldest with the stable ABI used here", remedy)
     return cpp_extension.include_paths(), cpp_extension.library_paths()[0]
 
@@ -49,7 +62,7 @@ def find_compiler():
     if not any(shutil.which(name, path=PATH) for name in names):
         fail(
             f"no C++ compiler found (looked for {', '.join(names)})",
-            "Install one with C++20 (Debian: apt install g++; conda: conda install gxx), or name it in CXX.",
+            "Install one with C++20 (Debian: apt install g++; conda: conda install gxx), or name it in CXX",
         )
 
 
@@ -77,8 +90,8 @@ class CMakeBuild(build_ext):
         include, lib = find_torch()
         find_compiler()
         cuda_root, cuda_off = find_cuda()
-        cmake = find_program("cmake", "pip install cmake")
-        ninja = find_program("ninja", "pip install ninja")
+        cmake = find_cmake()
+        ninja = find_program("ninja")
         build = Path(self.build_temp).resolve()
         self.destination = ROOT / "python" if self.inplace else Path(self.build_lib).resolve()
         options = {

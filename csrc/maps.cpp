@@ -81,8 +81,7 @@ MapView view_of(const Tensor& x) {
     } else {
         for (int64_t d = 2; d < x.dim(); ++d) positions *= x.size(d);
     }
-    if (positions > 1 && x.is_contiguous()) return {1, positions, 1, n * c, positions};
-    return {n, positions, c, c, 1};
+    return map_view(n, c, positions, x.is_contiguous());
 }
 
 ScalarType result_type(const Tensor& x) {

@@ -4,17 +4,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "map_view.h"
+
 namespace taylored {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// A map as the kernels take it. Channels-last: N outer maps [P, C], channels adjacent. Contiguous: one map
-// whose "channels" are the N * C rows, positions adjacent. Either way result (outer, channel) is element
-// outer * channels + channel of [N, C].
-struct MapView {
-    int64_t outer, positions, position_stride, channels, channel_stride;
-};
 
 // Whether x is contiguous, or channels-last of any spatial rank.
 bool has_map_layout(const Tensor& x);

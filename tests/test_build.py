@@ -26,7 +26,9 @@ def build():
 def refusal(function) -> str:
     with pytest.raises(SystemExit) as raised:
         function()
-    return str(raised.value)
+    said = str(raised.value)
+    assert "\n" not in said, "one line says what is missing and what brings it"
+    return said
 
 
 def test_torch_missing(build, monkeypatch):
@@ -58,18 +60,30 @@ def test_no_compiler(build, monkeypatch, tmp_path):
     assert "looked for icpx" in refusal(build.find_compiler)
 
 
-def test_no_cmake(build, monkeypatch, tmp_path):
+def script(path: Path, says: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{says}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_no_cmake_no_ninja(build, monkeypatch, tmp_path):
     monkeypatch.setattr(build, "PATH", str(tmp_path))
-    assert "pip install cmake" in refusal(lambda: build.find_program("cmake", "pip install cmake"))
+    assert refusal(build.find_cmake) == "taylored: no cmake found. Install it: pip install cmake"
+    assert refusal(lambda: build.find_program("ninja")) == "taylored: no ninja found. Install it: pip install ninja"
+
+
+def test_cmake_too_old(build, monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "PATH", str(tmp_path))
+    cmake = script(tmp_path / "cmake", "echo cmake version 3.25.1")
+    assert refusal(build.find_cmake) == f"taylored: {cmake} is older than 3.26. Install a newer one: pip install 'cmake>=3.26'"
+    script(cmake, "echo cmake version 3.26.0")
+    assert build.find_cmake() == str(cmake)
 
 
 def nvcc(folder: Path, top: Path | None) -> Path:
     """A script that answers --dryrun as nvcc does: on standard error, with where its toolkit is."""
-    folder.mkdir(parents=True)
-    program = folder / "nvcc"
-    program.write_text("#!/bin/sh\n" + (f"echo '#$ TOP={top}' >&2\n" if top else ""))
-    program.chmod(0o755)
-    return program
+    return script(folder / "nvcc", f"echo '#$ TOP={top}' >&2" if top else "")
 
 
 def test_cuda_is_left_out_with_the_reason(build, monkeypatch, tmp_path):

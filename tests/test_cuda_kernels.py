@@ -1,11 +1,11 @@
-"""The CUDA kernels, without a GPU: the sources nvcc compiles run under csrc/simt's execution model and are held to the CPU
+"""The CUDA kernels, without a GPU: the sources nvcc compiles run under tests/simt's execution model and are held to the CPU
 operators, to the same bits under hostile schedules, to the checker's silence and to the least memory traffic."""
 
 import math
 
 import numpy as np
 import pytest
-import simt
+import simt_build as simt
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -41,23 +41,24 @@ def random_maps(shape, dtype, seed=0):
 
 
 def as_memory(x, layout):
-    """x as it lies in memory: a NumPy array (16-bit floats as integers) and its [outer, positions, channels]."""
-    n, c, positions = *x.shape[:2], math.prod(x.shape[2:])
-    last = layout == "channels_last" and positions > 1
+    """x as it lies in memory: a NumPy array, 16-bit floats as integers."""
+    last = layout == "channels_last" and math.prod(x.shape[2:]) > 1
     memory = (x.movedim(1, -1) if last else x).contiguous()
-    shape = (n, positions, c) if last else (n * c, positions, 1)
-    return (memory.view(torch.int16) if x.itemsize == 2 else memory).numpy().copy(), shape
+    return (memory.view(torch.int16) if x.itemsize == 2 else memory).numpy().copy()
 
 
 def run(kernels, op, x, g, layout, options):
     """What the kernel makes of two maps: its outputs, as the CPU operator returns them, and the model's report."""
-    memory, shape = as_memory(x, layout)
+    memory = as_memory(x, layout)
+    n, c, positions = *x.shape[:2], math.prod(x.shape[2:])
+    # With one channel channels_last is contiguous, too: so says torch.
+    view = (n, c, positions, layout == "contiguous" or c == 1)
     wide = np.float64 if x.dtype == torch.float64 else np.float32
     types = [wide, wide, np.int64] if op == "channel_statistics" else [wide]
     results = [np.full(x.shape[:2], -1, t) for t in types]
-    other = None if op == "channel_statistics" else as_memory(g, layout)[0]
+    other = None if op == "channel_statistics" else as_memory(g, layout)
     out = np.full_like(memory, -1) if op == "relu_backward" else None
-    report = getattr(kernels, op)(options, name(x.dtype), shape, memory, other, out, results)
+    report = getattr(kernels, op)(options, name(x.dtype), view, memory, other, out, results)
     outputs = [torch.from_numpy(r) for r in results]
     if out is not None:
         gradient = torch.from_numpy(out).view(x.dtype)
@@ -103,6 +104,13 @@ def test_map_kernel_equals_the_cpu_operator(kernels, op, dtype, layout):
         check(kernels, op, x, g, layout, options)
 
     holds()
+
+
+@each_op
+@each_layout
+@pytest.mark.parametrize("shape", [(n, c, *p) for n in (1, 5) for c in (1, 3) for p in ((), (1, 1), (0,), (2, 1))], ids=str)
+def test_maps_of_one_channel_or_one_position(kernels, op, layout, shape):
+    check(kernels, op, *random_maps(shape, torch.float32), layout, {"schedule": "ascending"})
 
 
 @each_op

@@ -12,7 +12,7 @@ pytestmark = [
 ]
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(0, 3, 4), (2, 0, 4), (2, 3, 0), (3, 40), (2, 5, 7, 7), (8, 96, 14, 14), (3, 301, 5, 9), (2, 64, 112, 112),
+SHAPES = [(0, 3, 4), (2, 0, 4), (2, 3, 0), (3, 1), (3, 40), (2, 5, 7, 7), (8, 96, 14, 14), (3, 301, 5, 9), (2, 64, 112, 112),
           (1, 3, 512, 512), (2, 6, 9, 31, 33)]  # fmt: skip
 LAYOUTS = ["contiguous", "channels_last", "gaps", "misaligned"]
 

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-import simt
+import simt_build as simt
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 // accumulate_: the score's epilogue. Adds a batch's contributions to a running total per unit; tensors are
-// small
-// ([N, units]), so it is one thread and one pass.
+// small ([N, units]), so it is one thread and one pass.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>

@@ -2,32 +2,10 @@
 // threads.
 #include <torch/csrc/stable/library.h>
 
-#include "clamp_difference_kernel.h"
-#include "isa.h"
+#include "kernels/clamp_difference_kernel.h"
 #include "maps.h"
 
 namespace taylored {
-
-namespace baseline {
-ClampDifferenceKernel clamp_difference_kernel();
-}
-#if defined(__x86_64__)
-namespace avx2 {
-ClampDifferenceKernel clamp_difference_kernel();
-}
-namespace avx512 {
-ClampDifferenceKernel clamp_difference_kernel();
-}
-#endif
-
-ClampDifferenceKernel clamp_difference_kernel() {
-#if defined(__x86_64__)
-    if (isa() == Isa::avx512) return avx512::clamp_difference_kernel();
-    if (isa() == Isa::avx2) return avx2::clamp_difference_kernel();
-#endif
-    return baseline::clamp_difference_kernel();
-}
-
 namespace {
 
 // The elements of each row fill a stretch of memory, and the rows follow one another.
@@ -57,7 +35,7 @@ void clamp_difference_(Tensor d, Tensor clean, Tensor rows, double low, double h
         STD_TORCH_CHECK(row[p] >= 0 && row[p] < clean.size(0), "clamp_difference_: rows[", p, "] is ", row[p],
                         ", clean has ", clean.size(0), " rows");
 
-    const ClampDifferenceKernel kernel = clamp_difference_kernel();
+    const ClampDifferenceKernel kernel = with_isa([]<Isa isa> { return clamp_difference_kernel<isa>(); });
     uint16_t* out = static_cast<uint16_t*>(d.mutable_data_ptr());
     const float* from = static_cast<const float*>(clean.const_data_ptr());
     const int64_t size = d.numel() / d.size(0);

@@ -43,7 +43,8 @@ void store(const Tensor& result, ScalarType type, int64_t first, const double* v
 
 void reduce_map(MapOp op, const Tensor& x, const void* g, void* out, const Tensor* results) {
     const MapView view = view_of(x);
-    const MapKernel kernel = map_kernel(op, map_type(x));
+    const MapType type = map_type(x);
+    const MapKernel kernel = with_isa([&]<Isa isa> { return map_kernel<isa>(op, type); });
     const int sums = map_sums(op);
     const auto* x_data = static_cast<const char*>(x.const_data_ptr());
     const auto* g_data = static_cast<const char*>(g);

@@ -1,7 +1,7 @@
 // How the CPU cuts a reduction over positions into blocks and spreads them over threads. Blocks depend on the
 // shape alone, so results do not depend on the number of threads.
 #pragma once
-#include "map_kernels.h"
+#include "kernels/map_kernels.h"
 #include "maps.h"
 
 namespace taylored {

@@ -8,32 +8,10 @@
 #include <memory>
 #include <optional>
 
-#include "isa.h"
+#include "kernels/sparse_conv_kernel.h"
 #include "maps.h"
-#include "sparse_conv_kernel.h"
 
 namespace taylored {
-
-namespace baseline {
-SparseConvKernel sparse_conv_kernel();
-}
-#if defined(__x86_64__)
-namespace avx2 {
-SparseConvKernel sparse_conv_kernel();
-}
-namespace avx512 {
-SparseConvKernel sparse_conv_kernel();
-}
-#endif
-
-SparseConvKernel sparse_conv_kernel() {
-#if defined(__x86_64__)
-    if (isa() == Isa::avx512) return avx512::sparse_conv_kernel();
-    if (isa() == Isa::avx2) return avx2::sparse_conv_kernel();
-#endif
-    return baseline::sparse_conv_kernel();
-}
-
 namespace {
 
 constexpr int64_t kPositions = 512;  // whose sums lie in the level 2 cache while the weights go by
@@ -70,7 +48,7 @@ Tensor sparse_conv(Tensor x, Tensor weight, std::optional<Tensor> bias) {
     const Tensor result = torch::stable::transpose(torch::stable::transpose(out, 2, 3), 1, 2);
     if (!all || !width || !outputs) return result;
 
-    const SparseConvKernel kernel = sparse_conv_kernel();
+    const SparseConvKernel kernel = with_isa([]<Isa isa> { return sparse_conv_kernel<isa>(); });
     const int64_t step = std::max<int64_t>(kPositions / width, 1);
     const int64_t blocks = (outputs + kernel.outputs - 1) / kernel.outputs, tiles = (all + step - 1) / step;
     torch::stable::parallel_for(0, tiles * blocks, 1, [&](int64_t begin, int64_t end) {

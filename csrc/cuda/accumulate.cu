@@ -6,11 +6,8 @@
 
 namespace taylored::cuda {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 static void accumulate_(Tensor total, std::vector<Tensor> t, int64_t reduction, double scale) {
-    STD_TORCH_CHECK(total.is_cuda(), "accumulate_: total must be on the GPU, as t is");
+    check_on_gpu(total, "accumulate_: total", "t is");
     check_accumulate(total, t, reduction);
     STD_TORCH_CHECK(t.size() <= kMaxConsumers, "accumulate_: t has ", t.size(), " tensors, expected at most ",
                     kMaxConsumers, ": add some of them up first");

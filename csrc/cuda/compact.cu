@@ -15,9 +15,6 @@
 
 namespace taylored::cuda {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 // Traps unless `keep` is strictly increasing and within [0, size).
 static __global__ void check_keep(const int64_t* keep, int64_t kept, int64_t size) {
     const int64_t i = blockIdx.x * int64_t(kCompactThreads) + threadIdx.x;
@@ -40,7 +37,7 @@ struct Move {
 static void compact_many_(std::vector<Tensor> x, std::vector<int64_t> counts, std::vector<int64_t> dims,
                           std::vector<Tensor> keep) {
     if (x.empty()) return;
-    STD_TORCH_CHECK(x[0].is_cuda(), "compact_: x must be on the GPU, as another argument is");
+    check_on_gpu(x[0], "compact_: x", "another argument is");
     const std::vector<Cut> cuts = cuts_of(x, counts, dims, keep);
     const Launcher launch(x[0]);
 

@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "../map_view.h"
 #include "platform.cuh"
 
 namespace taylored::cuda {
@@ -46,6 +47,13 @@ constexpr int kTileOf = kTile * sizeof(float) / sizeof(Sum<T>);
 struct MapShape {
     int64_t outer, positions, channels;
 };
+
+// Adjacent positions make every channel of every outer map a row of its own, and so do maps of one position.
+constexpr MapShape shape_of(const MapView& view) {
+    const bool rows = view.position_stride == 1 || view.positions <= 1;
+    if (rows) return {view.outer * view.channels, view.positions, 1};
+    return {view.outer, view.positions, view.channels};
+}
 
 struct MapGrid {
     MapShape shape;

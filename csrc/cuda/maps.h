@@ -1,18 +1,11 @@
 // The launch of a reduction over feature maps, for the .cu of each.
 #pragma once
+#include "../map_operators.h"
 #include "../maps.h"
 #include "launch.h"
 #include "maps.cuh"
 
 namespace taylored::cuda {
-
-// The layout of csrc/maps.h as the kernels take it.
-inline MapShape shape_of(const Tensor& x) {
-    const MapView view = view_of(x);
-    if (view.position_stride == 1) return {view.channels, view.positions, 1};  // contiguous
-    if (view.positions <= 1) return {view.outer * view.channels, view.positions, 1};
-    return {view.outer, view.positions, view.channels};
-}
 
 template <template <class> class Op, class T>
 void launch_map(const Tensor& x, const void* g, void* out, const Tensor* results) {
@@ -21,7 +14,7 @@ void launch_map(const Tensor& x, const void* g, void* out, const Tensor* results
     const uint64_t addresses = reinterpret_cast<uint64_t>(maps.x) | reinterpret_cast<uint64_t>(maps.g) |
                                reinterpret_cast<uint64_t>(maps.out);
     constexpr int sums = Op<T>::sums;
-    const MapGrid grid = map_grid<T>(shape_of(x), sums, addresses % 16 == 0);
+    const MapGrid grid = map_grid<T>(shape_of(view_of(x)), sums, addresses % 16 == 0);
     Results<Sum<T>> to{static_cast<Sum<T>*>(results[0].mutable_data_ptr())};
     if constexpr (sums == 3) {
         to.squares = static_cast<Sum<T>*>(results[1].mutable_data_ptr());
@@ -39,9 +32,10 @@ void launch_map(const Tensor& x, const void* g, void* out, const Tensor* results
     });
 }
 
+// What csrc/map_operators.h calls `reduce`.
 template <template <class> class Op>
-void reduce_map(const Tensor& x, const void* g, void* out, const Tensor* results) {
-    STD_TORCH_CHECK(x.is_cuda(), "taylored: the first map must be on the GPU, as another argument is");
+void launch_maps(const Tensor& x, const void* g, void* out, const Tensor* results) {
+    check_on_gpu(x, "taylored: the first map", "another argument is");
     switch (x.scalar_type()) {
         case ScalarType::Double:
             return launch_map<Op, double>(x, g, out, results);

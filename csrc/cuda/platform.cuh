@@ -1,5 +1,6 @@
-// What the kernels take from outside the language: CUDA's own headers under nvcc, csrc/simt's under g++. Wide
-// accesses and ordered ones go through the four functions here, so that each is one access to the checker.
+// What the kernels take from outside the language: CUDA's own headers under nvcc, tests/simt's under g++.
+// Wide accesses and ordered ones go through the four functions here, so that each is one access to the
+// checker.
 #pragma once
 #include <cstdint>
 

@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #endif
 
-namespace taylored::TAYLORED_ISA {
+namespace taylored {
 namespace {
 
 #if defined(__AVX512F__)
@@ -265,7 +265,8 @@ MapKernel kernel_of(MapType type) {
 
 }  // namespace
 
-MapKernel map_kernel(MapOp op, MapType type) {
+template <>
+MapKernel map_kernel<Isa::TAYLORED_ISA>(MapOp op, MapType type) {
     switch (op) {
         case MapOp::contribution:
             return kernel_of<Contribution>(type);
@@ -277,4 +278,4 @@ MapKernel map_kernel(MapOp op, MapType type) {
     return nullptr;
 }
 
-}  // namespace taylored::TAYLORED_ISA
+}  // namespace taylored

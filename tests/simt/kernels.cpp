@@ -33,10 +33,11 @@ T* optional_output(Session& s, const char* name, py::object array) {
     return s.output<T>(name, out);
 }
 
-// shape: [outer, positions, channels], as x lies in memory. results: arrays for sum, squares and zeros.
+// view: what map_view takes, of x. results: arrays for sum, squares and zeros.
 template <template <class> class Op>
-py::dict reduce(const py::dict& options, const std::string& type, const std::array<int64_t, 3>& shape,
-                py::array x, py::object g, py::object out, std::vector<py::array> results) {
+py::dict reduce(const py::dict& options, const std::string& type,
+                const std::tuple<int64_t, int64_t, int64_t, bool>& view, py::array x, py::object g,
+                py::object out, std::vector<py::array> results) {
     return with_type(type, [&](auto zero) {
         using T = decltype(zero);
         constexpr int sums = Op<T>::sums;
@@ -50,7 +51,7 @@ py::dict reduce(const py::dict& options, const std::string& type, const std::arr
         }
         const auto addresses = reinterpret_cast<uint64_t>(maps.x) | reinterpret_cast<uint64_t>(maps.g) |
                                reinterpret_cast<uint64_t>(maps.out);
-        const MapGrid grid = map_grid<T>({shape[0], shape[1], shape[2]}, sums, addresses % 16 == 0);
+        const MapGrid grid = map_grid<T>(shape_of(std::apply(map_view, view)), sums, addresses % 16 == 0);
         if (grid.splits > 1) to.partial = s.scratch<Sum<T>>("partial", grid.partial_sums(sums));
         reduce_map<Op, T>(maps, grid, to,
                           [&](const char* name, int64_t blocks, auto kernel, auto... arguments) {

@@ -1,7 +1,8 @@
-// The inner loops of sparse_conv, behind one function type; sparse_conv_kernel.cpp is compiled once per
-// instruction set, as map_kernels.cpp is. No torch header here either.
+// The inner loops of sparse_conv, behind one function type, for each instruction set as map_kernels.h is.
 #pragma once
 #include <cstdint>
+
+#include "../isa.h"
 
 namespace taylored {
 
@@ -24,6 +25,7 @@ struct SparseConvKernel {
     void (*run)(const SparseConv& conv, int64_t first_row, int64_t rows, int64_t first_output,
                 float* scratch);
 };
+template <Isa isa>
 SparseConvKernel sparse_conv_kernel();
 
 }  // namespace taylored

@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #endif
 
-namespace taylored::TAYLORED_ISA {
+namespace taylored {
 namespace {
 
 #if defined(__AVX512F__)
@@ -137,6 +137,9 @@ void run(const SparseConv& conv, int64_t first_row, int64_t rows, int64_t first_
 
 }  // namespace
 
-SparseConvKernel sparse_conv_kernel() { return {kOutputs, run}; }
+template <>
+SparseConvKernel sparse_conv_kernel<Isa::TAYLORED_ISA>() {
+    return {kOutputs, run};
+}
 
-}  // namespace taylored::TAYLORED_ISA
+}  // namespace taylored

@@ -2,7 +2,7 @@
 
 #include <bit>
 
-namespace taylored::TAYLORED_ISA {
+namespace taylored {
 namespace {
 
 // Comparisons in this order keep NaN.
@@ -26,6 +26,9 @@ void run(uint16_t* __restrict d, const float* __restrict clean, int64_t count, f
 
 }  // namespace
 
-ClampDifferenceKernel clamp_difference_kernel() { return run; }
+template <>
+ClampDifferenceKernel clamp_difference_kernel<Isa::TAYLORED_ISA>() {
+    return run;
+}
 
-}  // namespace taylored::TAYLORED_ISA
+}  // namespace taylored

@@ -1,8 +1,10 @@
-// The inner loops over feature maps, behind one function type. map_kernels.cpp is compiled once per
-// instruction set; map_kernel() returns the best version this processor runs. No torch header here: these
-// files also get compiler flags (AVX-512) under which no shared inline function may be emitted.
+// The inner loops over feature maps, behind one function type. This folder's .cpp files are compiled once per
+// instruction set, with TAYLORED_ISA naming it. No torch header here: they also get compiler flags (AVX-512)
+// under which no shared inline function may be emitted.
 #pragma once
 #include <cstdint>
+
+#include "../isa.h"
 
 namespace taylored {
 
@@ -25,6 +27,7 @@ constexpr int64_t kMaxChannels = 1024;  // of one block: bounds the accumulators
 
 // Writes sums[k * block.channels + c].
 using MapKernel = void (*)(const MapBlock& block, double* sums);
+template <Isa isa>
 MapKernel map_kernel(MapOp op, MapType type);
 
 }  // namespace taylored

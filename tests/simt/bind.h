@@ -108,7 +108,8 @@ class Session : public Device {
     std::vector<Output> outputs_;
 };
 
-// Every module: tests/simt.py passes the linker's table of `__shared__` variables as (name, offset, bytes).
+// Every module: tests/simt_build.py passes the linker's table of `__shared__` variables as (name, offset,
+// bytes).
 inline void bind(py::module_& m) {
     m.def("set_shared_variables",
           [](const std::vector<std::tuple<std::string, std::size_t, std::size_t>>& table) {
