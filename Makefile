@@ -15,7 +15,7 @@ CORE := $(patsubst %,tests/test_%.py,ops trace rules plan compact restore score 
 # Threads that wait shall sleep: spinning, they stall each other wherever the cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all floor sanitize bench static lint abi clean
+.PHONY: demo test test-all floor sanitize bench docs static lint abi clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -47,13 +47,19 @@ sanitize: $(VENV)/test-tools
 bench: $(VENV)/installed
 	for name in contribution compact_op training_step trace cuda_kernels; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
+# The site, in build/docs: any warning is an error.
+docs: $(VENV)/installed
+	$(BIN)/pip install -q "$$(echo $(WHEEL))[docs]"
+	$(BIN)/sphinx-build -q -W -b html docs build/docs
+
 # What the CUDA library's machine code says; no GPU needed.
 static: $(VENV)/installed
 	$(BIN)/pip install -q nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	$(BIN)/python benchmarks/cuda_static.py
 
-lint: $(VENV)/lint-tools
+lint: $(VENV)/lint-tools $(VENV)/test-tools
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 
 # The stable ABI: the wheel's libraries use no more of Python than they say, and run under another torch.
