@@ -27,7 +27,9 @@ class Journal:
         try:
             header, sums = read_tensors(self.path, FORMAT)
         except DamagedFile as error:
-            raise ValueError(f"checkpoint={str(self.path)!r} is damaged or of another kind: {error}; name another file, or delete it") from error
+            raise ValueError(
+                f"checkpoint={str(self.path)!r} is damaged or of another kind: {error}; name another file, or delete it"
+            ) from error
         if header["fingerprint"] != self.fingerprint or sums.keys() != self.sums.keys():
             raise ValueError(
                 f"checkpoint={str(self.path)!r} is of another model, choice of units, precision, memory or number of processes: "
