@@ -5,9 +5,11 @@ switch for the whole process is switched here, under a lock.
 """
 
 import contextlib
+import itertools
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,10 +31,9 @@ _lock = threading.RLock()
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}  # those that torch gives to every module; 2.10 to 2.14
 
 
-def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
+def own_tensors(module: nn.Module) -> Iterable[tuple[str, torch.Tensor | None]]:
     """A module's own parameters and buffers, shared ones too, which named_parameters leaves out (2.10 to 2.14)."""
-    yield from module._parameters.items()
-    yield from module._buffers.items()
+    return itertools.chain(module._parameters.items(), module._buffers.items())
 
 
 def compiled_from(module: nn.Module) -> nn.Module | None:
@@ -40,9 +41,31 @@ def compiled_from(module: nn.Module) -> nn.Module | None:
     return getattr(module, "_orig_mod", None)
 
 
-def is_lazy(tensor: torch.Tensor) -> bool:
-    """Whether a parameter has no shape yet (2.10 to 2.14)."""
-    return bool(nn.parameter.is_lazy(tensor))
+@contextlib.contextmanager
+def around_calls(modules: Iterable[nn.Module], enter: Callable, leave: Callable) -> Iterator[None]:
+    """Within the context enter(module, args) -> args and leave(module, args, output) -> output are called around every call of
+    the modules, before their own hooks, and leave after an exception too. What register_forward_pre_hook and
+    register_forward_hook do with prepend=True, at a tenth of their price, which for a thousand modules is that of a trace
+    (2.10 to 2.14)."""
+    key: Any = object()  # torch's own are integers
+    modules = list(modules)
+    try:
+        for module in modules:
+            kinds: Any = ((module._forward_pre_hooks, enter), (module._forward_hooks, leave))
+            for hooks, hook in kinds:
+                hooks[key] = hook
+                if len(hooks) > 1:
+                    hooks.move_to_end(key, last=False)
+            module._forward_hooks_always_called[key] = True
+        yield
+    finally:
+        for module in modules:
+            module._forward_pre_hooks.pop(key, None)
+            module._forward_hooks.pop(key, None)
+            module._forward_hooks_always_called.pop(key, None)
+
+
+is_lazy = nn.parameter.is_lazy  # whether a parameter has no shape yet; 2.10 to 2.14
 
 
 # -- operators ---------------------------------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ class Labels:
 
     def pass_on_losses(self, tensors: Iterator[torch.Tensor], out) -> None:
         """What is made of something that lost its labels has none for the same reason."""
-        if self._lost and (reason := next((self._lost[id(t)] for t in tensors if id(t) in self._lost), None)):
+        if reason := next((self._lost[id(t)] for t in tensors if id(t) in self._lost), None):
             self.lose(out, reason)
 
     def why(self, tensor) -> str:

@@ -19,7 +19,15 @@ from taylored._graph.rules import rule_of
 from taylored._graph.shapes import BIAS_ONLY, SHAPES, sparing
 from taylored._graph.values import Pass
 from taylored._modules import CONSUMERS, holders, in_mode, untouched, user_line
-from taylored._torch_compat import TorchDispatchMode, eager, flop_registry, operator_name, tree_leaves, tree_map_only
+from taylored._torch_compat import (
+    TorchDispatchMode,
+    around_calls,
+    eager,
+    flop_registry,
+    operator_name,
+    tree_leaves,
+    tree_map_only,
+)
 
 # What a forward pass computes: shapes alone, on the meta device; all but convolutions and matrix products (a model that looks
 # at its data); everything.
@@ -43,7 +51,7 @@ class LabelMode(Labels, TorchDispatchMode):
         TorchDispatchMode.__init__(self)
         Labels.__init__(self)
         self.values = values  # which operators compute, see `VALUES`
-        self.module_names = {id(module): name for name, module in model.named_modules()}
+        self.modules = {module: name for name, module in model.named_modules()}
         self.stack: list[tuple[nn.Module, tuple, int]] = []  # module, arguments, number of the call
         self.calls = itertools.count()
         self.meta: dict[int, torch.Tensor] = {}
@@ -55,7 +63,7 @@ class LabelMode(Labels, TorchDispatchMode):
     # -- modules -----------------------------------------------------------------------------------------------------
 
     def where(self) -> str:
-        return self.module_names.get(id(self.stack[-1][0]), type(self.stack[-1][0]).__name__) if self.stack else "forward"
+        return self.modules.get(self.stack[-1][0], type(self.stack[-1][0]).__name__) if self.stack else "forward"
 
     def enter_module(self, module, args):
         self.stack.append((module, args, next(self.calls)))
@@ -105,8 +113,12 @@ class LabelMode(Labels, TorchDispatchMode):
         else:
             self.seen |= self.owned.intersection(map(id, tensors_of(args, kwargs)))
         packet, table = func.overloadpacket, INSTEAD[self.values]
-        instead = table.get(packet, table.get(operator_name(func))) if not kwargs else None
-        out = sparing(func, args, kwargs) if instead is None and self.values == "some" else (instead or func)(*args, **kwargs)
+        instead = None if kwargs else table.get(packet)
+        if instead is None and self.values == "some":
+            instead = None if kwargs else table.get(operator_name(func))  # of a library that need not be there
+            out = instead(*args) if instead else sparing(func, args, kwargs)
+        else:
+            out = (instead or func)(*args, **kwargs)
         self.dynamic |= torch.Tag.dynamic_output_shape in func.tags
         dimensions = self._carry(func, args, kwargs, out) if self.labelled else None
         if packet in flop_registry:
@@ -122,7 +134,8 @@ class LabelMode(Labels, TorchDispatchMode):
         else:
             name = operator_name(func)
             opaque(self, args, kwargs, out, f'{name} in {self.where()!r} has no rule: taylored.trace_rule("{name}") can add one')
-        self.pass_on_losses(tensors_of(args, kwargs), out)
+        if self._lost:
+            self.pass_on_losses(tensors_of(args, kwargs), out)
         return dimensions
 
 
@@ -161,7 +174,7 @@ def run_pass(model: nn.Module, stand_ins: dict[str, torch.Tensor], mode: LabelMo
     try:
         if mode.values == "none":
             args, kwargs = (tree_map_only(torch.Tensor, mode.to_meta, a) for a in (args, kwargs))
-        with untouched(model), in_mode(model, training), _following(model, mode), torch.no_grad(), rng, eager(), mode:
+        with untouched(model), in_mode(model, training), _following(mode), torch.no_grad(), rng, eager(), mode:
             # not tied by torch, which loses the tensors of a module with several names
             everywhere = {place: stand_ins[name] for place, name in holders(model).items()}
             output = torch.func.functional_call(model, everywhere, args, kwargs, tie_weights=False)
@@ -178,16 +191,11 @@ def run_pass(model: nn.Module, stand_ins: dict[str, torch.Tensor], mode: LabelMo
 
 
 @contextlib.contextmanager
-def _following(model: nn.Module, mode: LabelMode) -> Iterator[None]:
+def _following(mode: LabelMode) -> Iterator[None]:
     """Let the mode know which module runs, before the user's own hooks do."""
-    hooks: list = []
     token = _running.set(True)
     try:
-        for module in model.modules():
-            hooks.append(module.register_forward_pre_hook(mode.enter_module, prepend=True))
-            hooks.append(module.register_forward_hook(mode.leave_module, prepend=True, always_call=True))
-        yield
+        with around_calls(mode.modules, mode.enter_module, mode.leave_module):
+            yield
     finally:
         _running.reset(token)
-        for hook in hooks:
-            hook.remove()
