@@ -11,7 +11,7 @@ PYTEST := -m pytest -q -n 2
 # The oldest torch; what the tests of the core need; the core.
 FLOOR := torch==2.10.0 torchvision==0.25.0
 TEST_TOOLS := numpy scipy safetensors tqdm pytest pytest-xdist hypothesis expecttest
-CORE := $(patsubst %,tests/test_%.py,ops trace rules plan compact restore score checkpoint oracle criteria)
+CORE := $(patsubst %,tests/test_%.py,ops values trace rules shapes plan compact restore score checkpoint oracle criteria)
 # Threads that wait shall sleep: spinning, they stall each other wherever the cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE
 

@@ -23,10 +23,14 @@ def packets(*names: str) -> list:
     return [packet for packet in (getattr(aten, name, None) for name in names) if packet is not None]
 
 
-# Element by element, though torch does not tag them so.
+# Element by element, though torch does not tag them so; those of the second line torch 2.10 does not.
 ELEMENTWISE = frozenset(
-    packets("hardswish_", "hardswish", "copy_", "prelu", "_prelu_kernel", "rrelu_with_noise", "glu_jvp", "where")
-)
+    packets(
+        "hardswish", "copy_", "prelu", "_prelu_kernel", "rrelu_with_noise", "glu_jvp", "where", "log_sigmoid_forward",
+        "celu_", "elu_", "hardsigmoid_", "hardtanh_", "leaky_relu", "leaky_relu_", "selu_",
+        "hardswish_", "mish_", "relu6_", "rrelu_with_noise_", "threshold_", "gelu_",
+    )
+)  # fmt: skip
 
 
 def is_elementwise(func) -> bool:
