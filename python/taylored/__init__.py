@@ -2,8 +2,8 @@
 
 from taylored import criteria, ops
 from taylored._checkpoint import load, save
-from taylored._compact import Removed, compact, restore
-from taylored._errors import CheckpointError, ExportError, PlanError, TraceError
+from taylored._compact import Removed, compact, restore, verify
+from taylored._errors import CheckpointError, ExportError, PlanError, TraceError, VerificationError
 from taylored._export import export
 from taylored._graph.rules import trace_rule
 from taylored._graph.tracing import trace
@@ -12,12 +12,13 @@ from taylored._masking import masked
 from taylored._oracle.measure import oracle
 from taylored._plan import PrunePlan, diff, rehearse
 from taylored._planning import make_plan, random_plan
+from taylored._proof import Verification
 from taylored._prune import PruneResult, prune
 from taylored._score import TaylorScorer
 from taylored.criteria import spearman
 
 # Where they live is nobody's business: pickles and pages name them as they are imported.
-for _public in (ChannelGraph, Group, PrunePlan, PruneResult, Removed, TaylorScorer):
+for _public in (ChannelGraph, Group, PrunePlan, PruneResult, Removed, TaylorScorer, Verification):
     _public.__module__ = __name__
 del _public
 
@@ -33,6 +34,8 @@ __all__ = [
     "Removed",
     "TaylorScorer",
     "TraceError",
+    "Verification",
+    "VerificationError",
     "compact",
     "criteria",
     "diff",
@@ -50,4 +53,5 @@ __all__ = [
     "spearman",
     "trace",
     "trace_rule",
+    "verify",
 ]

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import signal
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -18,11 +19,12 @@ from torch import distributed as dist
 from torch import nn
 
 from taylored import ops
-from taylored._errors import PlanError
-from taylored._graph.values import complement
-from taylored._modules import data_parallel, named_tensors, size_attributes, unwrapped
+from taylored._errors import PlanError, VerificationError
+from taylored._graph.values import ChannelGraph, complement
+from taylored._modules import Inputs, check_module, data_parallel, named_tensors, size_attributes, unwrapped
 from taylored._optimizers import Optimizers, as_optimizers, rule_of, state_tensors
 from taylored._plan import PrunePlan, rehearse
+from taylored._proof import Verification, prove
 from taylored._torch_compat import compiled_from, forget_compiled
 
 
@@ -56,6 +58,8 @@ def compact(
     *,
     release: bool = False,
     keep_removed: bool = False,
+    verify: Inputs | None = None,
+    graph: ChannelGraph | None = None,
 ) -> Removed | None:
     """Remove a plan's units from the model, in place.
 
@@ -67,6 +71,10 @@ def compact(
 
     model: in its DistributedDataParallel wrapper every process calls this with the same plan (compared by digest), and wraps
     the model again afterwards, `model = DistributedDataParallel(model.module)`, for its buckets have the old sizes.
+
+    verify: real inputs, of which up to eight examples run through the masked model and a copy that is cut, in eval mode, before
+    anything is cut: all outputs must be the same. graph: as traced, where the plan comes from a file. Raises VerificationError,
+    naming the first layer at which they part; warns where outputs cannot be compared. In several processes all raise if one does.
 
     An exception leaves everything as it was: what can be undone comes first, the move of memory last, in one call that checks
     all before it moves any, and signals wait until it is done. Raises PlanError if the plan does not fit. A plan was rehearsed
@@ -81,6 +89,8 @@ def compact(
     work = _Work(plan, model, optimizer, also, cut=False)
     if plan.graph is not None and not (plan.rehearsed and plan.graph.source() is unwrapped(model)):
         rehearse(model, plan)
+    if verify is not None:
+        _prove(model, plan, verify, graph, parallel)
     removed = work.removed() if keep_removed else None
     moves, replaced = _cut(work.jobs)
     with _uninterrupted(), torch.no_grad():
@@ -90,6 +100,41 @@ def compact(
             for tensor, _ in replaced:
                 tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
     return removed
+
+
+def verify(model: nn.Module, plan: PrunePlan, inputs: Inputs, graph: ChannelGraph | None = None) -> Verification:
+    """Prove on real inputs that cutting the model by a plan is zeroing the plan's units, and cut nothing.
+
+    inputs: as the model takes them, of which up to eight examples are used. graph: as traced, where the plan comes from a file or
+    a pickle. Returns how far outputs are apart, and in which precision; where they cannot be compared (a model that is random in
+    eval mode), why. Raises VerificationError if they differ by more than rounding, PlanError without a graph."""
+    model = check_module(model, "verify(model, plan, inputs)")
+    if not isinstance(plan, PrunePlan):
+        raise TypeError(f"plan must be a PrunePlan, got {type(plan).__name__}: verify(model, plan, inputs)")
+    if (graph := graph or plan.graph) is None:
+        raise PlanError("the plan comes from a file or a pickle: to verify it, give the graph that was traced, graph=")
+    return prove(model, graph, plan, inputs, compact)
+
+
+def _prove(model, plan, inputs, graph, parallel) -> None:
+    """`verify`, with one verdict for all processes."""
+    failure = None
+    try:
+        found = verify(unwrapped(model), plan, inputs, graph)
+        if found.unproven:
+            warnings.warn(f"the cut could not be verified: {found.unproven}", stacklevel=3)
+    except Exception as error:
+        failure = error
+    if parallel is not None:
+        verdicts = [None] * dist.get_world_size(parallel.process_group)
+        dist.all_gather_object(
+            verdicts, None if failure is None else f"{type(failure).__name__}: {failure}", parallel.process_group
+        )
+        if failure is None and any(verdicts):
+            number, what = next((n, v) for n, v in enumerate(verdicts) if v)
+            raise VerificationError(f"the cut failed its verification in process {number}: {what}", float("nan"), None)
+    if failure is not None:
+        raise failure
 
 
 def restore(model: nn.Module, removed: Removed, optimizer: Optimizers = None, also: Averages = ()) -> None:

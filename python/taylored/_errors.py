@@ -15,3 +15,13 @@ class CheckpointError(ValueError):
 
 class ExportError(RuntimeError):
     """The model cannot be exported as asked, or what was exported gives another answer."""
+
+
+class VerificationError(RuntimeError):
+    """The model as a plan would leave it computes something else than the model with the plan's units zeroed; nothing was cut.
+
+    difference: the largest relative difference of the outputs; layer: the first layer at which they part, None if it is none."""
+
+    def __init__(self, message: str, difference: float, layer: str | None):
+        super().__init__(message)
+        self.difference, self.layer = difference, layer

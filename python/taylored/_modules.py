@@ -1,10 +1,15 @@
 """What concerns any module: its inputs, wrappers, names, modes and sizes, and the user's line that runs."""
 
+import collections
+import collections.abc
 import contextlib
+import enum
 import sys
+import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -23,6 +28,11 @@ from taylored._torch_compat import (
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONSUMERS = (*CONVOLUTIONS, nn.Linear, nn.RNNBase)  # what contracts over its first argument's channels
 
+# What holds no tensors.
+PLAIN = (
+    type(None), bool, int, float, complex, str, bytes, enum.Enum, type, slice, range, nn.Module, np.ndarray, np.generic,
+    torch.dtype, torch.device, torch.Size, types.FunctionType, types.BuiltinFunctionType, types.MethodType,
+)  # fmt: skip
 Inputs = torch.Tensor | tuple | list | dict  # one tensor, positional or keyword arguments
 
 # -- inputs ------------------------------------------------------------------------------------------------------------
@@ -48,6 +58,37 @@ def run_on(model: nn.Module, inputs):
 def count_examples(batch) -> int:
     """The size of the first dimension of a batch, however nested: that of its first tensor that has one."""
     return next(len(t) for t in tree_leaves(batch) if isinstance(t, torch.Tensor) and t.ndim)
+
+
+def tensors_in(value) -> Iterator[torch.Tensor]:
+    """Every tensor in nested containers, also in those that torch's pytree does not know: dataclasses, subclasses of dict, any
+    object with attributes. Raises TypeError, naming the type, for what cannot be looked into."""
+    seen: set[int] = set()
+
+    def walk(x):
+        if isinstance(x, torch.Tensor):
+            yield x
+            return
+        if isinstance(x, PLAIN) or id(x) in seen:
+            return
+        seen.add(id(x))
+        if isinstance(x, Mapping):
+            inner = list(x.values())
+        elif isinstance(x, (list, tuple, collections.abc.Set, collections.deque)):
+            inner = list(x)
+        else:
+            inner = []
+        slots = [name for cls in type(x).__mro__ for name in getattr(cls, "__slots__", ())]
+        own = [*vars(x).values()] if hasattr(x, "__dict__") else []
+        own += [getattr(x, name) for name in ([slots] if isinstance(slots, str) else slots) if hasattr(x, name)]
+        if not inner and not own and not isinstance(x, (Mapping, list, tuple, collections.abc.Set, collections.deque)):
+            if hasattr(x, "__dict__") or slots:
+                return
+            raise TypeError(f"a {type(x).__module__}.{type(x).__qualname__} cannot be looked into for tensors")
+        for y in (*inner, *own):
+            yield from walk(y)
+
+    yield from walk(value)
 
 
 def two_examples(args, kwargs) -> tuple[tuple, dict]:

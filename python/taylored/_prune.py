@@ -68,6 +68,7 @@ def prune(
     freeze_statistics: bool = False,
     checkpoint: str | os.PathLike | None = None,
     resume: bool = False,
+    verify: bool = True,
     wrap: Callable[[nn.Module], nn.Module] | None = None,
     log: Callable[[dict], None] | None = None,
     progress: bool = True,
@@ -83,7 +84,8 @@ def prune(
     flops_weight, round_to, min_units, max_ratio, ignore: as for `make_plan`; reduction: as for `TaylorScorer`; also: as
     for `compact`. freeze_statistics: batch norm uses its running statistics while it trains and leaves them as they are,
     its weight and bias learn on: for fine-tuning on data too few to estimate statistics anew. checkpoint: a file, written
-    atomically after every round and final epoch; resume: start from it if it is there, given the original model. wrap:
+    atomically after every round and final epoch; resume: start from it if it is there, given the original model. verify:
+    prove every cut on up to eight examples of the round's last batch before it is made, as `compact(verify=)` does. wrap:
     what the model is trained in, `DistributedDataParallel` or `torch.compile`; called with the model at the start and after
     every cut. With DistributedDataParallel every process calls prune, with its own share of the data; scores are summed,
     the plans compared, and the first process writes the checkpoint. log is called with each entry of the history.
@@ -112,21 +114,22 @@ def prune(
     settings = json.loads(json.dumps(settings | {"freeze_statistics": freeze_statistics}))  # as it comes back from the file
     run = _Run(model, graph, optimizer, scheduler, wrap or _bare, evaluate, checkpoint, settings, log)
     run.start(resume)
-    batches = _cycle(train_loader)
+    batches = _Batches(train_loader, device)
 
     def train(updates, title):
         run.model.train()
         if freeze_statistics:
             for norm in batch_norms(model).values():
                 norm.eval()
-        return _train(run.runner, batches, updates, loss_fn, optimizer, scheduler, device, title, progress)
+        return _train(run.runner, batches, updates, loss_fn, optimizer, scheduler, title, progress)
 
     for number in range(run.steps_done + 1, rounds + 1):
         since = time.perf_counter()
         with TaylorScorer(run.runner, run.current, reduction=reduction) as scorer:
             loss = train(max(1, round(round_epochs * steps)), f"round {number}/{rounds}")
         scores = scorer.scores()
-        run.cut(make_plan(run.current, scores, **budget.of_round(number, run.current), **options), also)
+        proof = batches.latest if verify else None
+        run.cut(make_plan(run.current, scores, **budget.of_round(number, run.current), **options), also, proof)
         told = {name: [float(f"{v:.6g}") for v in s.tolist()] for name, s in scores.items()}
         run.finished("round", loss, since, round=number, kept=run.plan.kept, scores=told)
     for epoch in range(run.steps_done - rounds + 1, final_epochs + 1):
@@ -170,8 +173,8 @@ class _Run:
         if not self.history:
             self.finished("start", None, time.perf_counter())
 
-    def cut(self, plan: PrunePlan, also) -> None:
-        compact(self.runner, plan, optimizer=self.optimizer, also=also)
+    def cut(self, plan: PrunePlan, also, proof) -> None:
+        compact(self.runner, plan, optimizer=self.optimizer, also=also, verify=proof)
         self.runner = self.wrap(self.model)
         self.plan, self.current = self.plan.then(plan), self.current.after(plan.removed)
 
@@ -213,16 +216,12 @@ class _Budget:
         return {name: max(1, math.floor(total * min(fraction, 1.0) ** (number / self.rounds)))}
 
 
-def _train(model, batches, updates, loss_fn, optimizer, scheduler, device, title, progress) -> float:
+def _train(model, batches, updates, loss_fn, optimizer, scheduler, title, progress) -> float:
     """Some updates; returns the mean loss."""
     total = 0.0
     with tqdm(total=updates, desc=title, disable=not progress, leave=False) as bar:
         for number in range(updates):
-            batch = next(batches)
-            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-                raise ValueError(f"train_loader must yield (inputs, targets), got {type(batch).__name__}")
-            inputs, targets = batch
-            inputs, targets = _to(inputs, device), _to(targets, device)
+            inputs, targets = next(batches)
 
             def closure(inputs=inputs, targets=targets, number=number):
                 loss = loss_fn(run_on(model, inputs), targets)
@@ -299,14 +298,24 @@ def _length(loader) -> int:
     return length
 
 
-def _cycle(loader):
-    while True:
-        yielded = False
-        for batch in loader:
-            yielded = True
-            yield batch
-        if not yielded:
+class _Batches:
+    """A loader's batches on the model's device, over and over."""
+
+    def __init__(self, loader, device: torch.device):
+        self.loader, self.device, self.rest, self.latest = loader, device, iter(()), None
+
+    def __next__(self):
+        batch = next(self.rest, None)
+        if batch is None:
+            self.rest = iter(self.loader)
+            batch = next(self.rest, None)
+        if batch is None:
             raise ValueError("train_loader yields nothing: there is nothing to score on")
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise ValueError(f"train_loader must yield (inputs, targets), got {type(batch).__name__}")
+        inputs, targets = (_to(part, self.device) for part in batch)
+        self.latest = inputs
+        return inputs, targets
 
 
 # -- the checkpoint ----------------------------------------------------------------------------------------------------

@@ -22,15 +22,19 @@ ALONE = "all its channels are one unit"
 @dataclasses.dataclass(frozen=True)
 class Traced:
     """A model that a tracer has seen run. tensors: the model's, or what stood in for them; offsets: (tensor, dimension) -> its
-    first label; total: how many labels there are; costs: of the pass in eval mode."""
+    first label; costs: of the pass in eval mode."""
 
     model: nn.Module
     tensors: dict[str, torch.Tensor]
     tracer: Tracer
     passes: tuple[Pass, ...]
     offsets: dict[tuple[str, int], int]
-    total: int
     costs: list[tuple[int, list[Label]]]
+
+    @property
+    def total(self) -> int:
+        """How many labels there are."""
+        return self.tracer.total
 
     @functools.cached_property
     def edges(self) -> np.ndarray:

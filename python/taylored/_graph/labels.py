@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
+from taylored._graph.values import FIXED
 from taylored._torch_compat import tree_leaves
 
 Label = torch.Tensor  # int64, broadcastable to the shape of the tensor that it belongs to
@@ -59,6 +60,11 @@ def _size(tensor, axis, ndim) -> int:
     return tensor.shape[axis] if axis >= 0 else 1
 
 
+def _is_expanded(tensor, axis, ndim) -> bool:
+    """Whether a tensor is one value in memory along a dimension of what it is broadcast to, [ndim]."""
+    return tensor.stride()[axis - ndim + tensor.ndim] == 0
+
+
 def along_axis(label: Label | None, ndim: int, axis: int) -> tuple[Label, ...]:
     """Labels [C] of one dimension of an `ndim`-dimensional tensor, ready to broadcast."""
     if label is None or label.numel() == 1:
@@ -81,6 +87,7 @@ class Labels:
         self._labels: dict[int, tuple[Label, ...]] = {}
         self._held: list[torch.Tensor] = []  # an id must not be reused while its labels are kept
         self._united: dict[tuple[int, ...], Label] = {}  # labels that `unite_along` has united, by id and dimensions left
+        self._buffers: dict[int, tuple[torch.Tensor, frozenset[int]]] = {}  # a slice's id -> the fresh tensor, the dimensions cut
         self._lost: dict[int, str] = {}  # why a tensor has no labels, where an op is to blame
 
     # -- what subclasses say -----------------------------------------------------------------------------------------
@@ -137,6 +144,32 @@ class Labels:
             self._held.append(tensor)
         else:
             self._uniform.discard(id(tensor))
+
+    def note_slice(self, out: torch.Tensor, x: torch.Tensor, dim: int) -> None:
+        """A fresh tensor, or a slice of one, was cut along a dimension: what is written into the slice is written into it."""
+        base, cut = self._buffers.get(id(x), (x if self.is_uniform(x) else None, frozenset()))
+        if base is not None:
+            self._buffers[id(out)] = base, cut | {dim}
+            self.hold(out)
+
+    def write_slice(self, out: torch.Tensor, values, reason: str) -> None:
+        """Values are written into what has no labels: a slice of a fresh tensor, which from now on has theirs, or something that
+        others may see through a view."""
+        base, cut = self._buffers.get(id(out), (None, frozenset()))
+        if base is None:
+            for t in values:
+                self.freeze_all(t, reason)
+            return
+        for label in self.broadcast(values, out.shape):
+            axes = set(varying(label))
+            if axes & cut or any(len(axes & set(varying(other))) not in (0, len(axes)) for other in self.get(base)):
+                self.freeze(label, reason)
+                continue
+            there = next((other for other in self.get(base) if axes & set(varying(other))), None)
+            if there is None:
+                self.set(base, (*self.get(base), label))
+            else:
+                self.unite(*torch.broadcast_tensors(there, label))
 
     def lose(self, out, reason) -> None:
         """What an op made has no labels for that reason."""
@@ -204,6 +237,7 @@ class Labels:
             if size == 1:
                 continue
             there = [(t, labels) for t, labels in labelled if _size(t, axis, len(shape)) > 1 and not self.is_uniform(t)]
+            there = [(t, labels) for t, labels in there if labels or not _is_expanded(t, axis, len(shape))]
             found = [[x for x in labels if x.shape[axis] > 1] for _, labels in there]
             if not any(found):
                 continue
@@ -230,6 +264,18 @@ class Labels:
             self.unite_rows(moved)
             found = moved[:, 0]
         return found
+
+    def take(self, x, axis, reason) -> Label | None:
+        """`channels` of an operator that knows one dimension of channels; what varies along others is frozen for that reason."""
+        axis %= x.ndim
+        for label in self.get(x):
+            if axis not in varying(label):
+                self.freeze(label, reason)
+        return self.channels(x, axis)
+
+    def fresh(self, size: int) -> Label:
+        """Labels [size] for what has none, as all its channels are alike: it goes with whatever it meets."""
+        return torch.full((size,), FIXED)
 
     def unite_rows(self, rows) -> None:
         """Unite the labels of each row with one another."""

@@ -15,8 +15,8 @@ from torch import nn
 from taylored._errors import TraceError
 from taylored._graph.labels import Labels, along_axis, tensors_of
 from taylored._graph.moves import opaque
-from taylored._graph.rules import rule_of
-from taylored._graph.shapes import BIAS_ONLY, SHAPES, sparing
+from taylored._graph.rules import noise, rule_of, uniform
+from taylored._graph.shapes import BIAS_ONLY, SHAPES, is_elementwise, sparing
 from taylored._graph.values import Pass
 from taylored._modules import CONSUMERS, holders, in_mode, untouched, user_line
 from taylored._torch_compat import (
@@ -27,6 +27,7 @@ from taylored._torch_compat import (
     operator_name,
     tree_leaves,
     tree_map_only,
+    writes,
 )
 
 # What a forward pass computes: shapes alone, on the meta device; all but convolutions and matrix products (a model that looks
@@ -134,6 +135,10 @@ class LabelMode(Labels, TorchDispatchMode):
         else:
             name = operator_name(func)
             opaque(self, args, kwargs, out, f'{name} in {self.where()!r} has no rule: taylored.trace_rule("{name}") can add one')
+        if writes(func) and args and isinstance(args[0], torch.Tensor) and self.is_uniform(args[0]):
+            others = tensors_of(args[1:], kwargs)
+            alike = rule is uniform or rule is noise or all(t.numel() == 1 or self.is_uniform(t) for t in others)
+            self.set_uniform(args[0], alike and (rule in (uniform, noise) or is_elementwise(func)))
         if self._lost:
             self.pass_on_losses(tensors_of(args, kwargs), out)
         return dimensions
@@ -152,18 +157,18 @@ def stand_in(mode: LabelMode, model: nn.Module, name: str, tensor: torch.Tensor,
     return tensor.new_zeros([1] * len(shape)).expand(shape) if unseen else None
 
 
-def label_all(mode: LabelMode, stand_ins: dict[str, torch.Tensor]) -> tuple[dict[tuple[str, int], int], int]:
-    """Give every dimension labels of its own. Returns the first label of each, and how many there are."""
-    offsets, total = {}, 0
+def label_all(mode: LabelMode, stand_ins: dict[str, torch.Tensor]) -> dict[tuple[str, int], int]:
+    """Give every dimension labels of its own. Returns the first label of each."""
+    offsets = {}
     for name, tensor in stand_ins.items():
         labels: list[torch.Tensor] = []
         for d, size in enumerate(tensor.shape):
             if size > 1:
-                offsets[name, d] = total
-                labels += along_axis(torch.arange(total, total + size), tensor.ndim, d)
-                total += size
+                mine = mode.fresh(size)
+                offsets[name, d] = int(mine[0])
+                labels += along_axis(mine, tensor.ndim, d)
         mode.set(tensor, labels)
-    return offsets, total
+    return offsets
 
 
 def run_pass(model: nn.Module, stand_ins: dict[str, torch.Tensor], mode: LabelMode, training: bool, args, kwargs) -> Pass:

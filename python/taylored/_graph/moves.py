@@ -78,8 +78,10 @@ def movement(labels: Labels, func, args, kwargs, out):
 def part(labels: Labels, func, args, kwargs, out):
     """slice, select, narrow, gather...: exact only while it leaves the labelled dimensions whole."""
     x = args[0]
-    labels.set_uniform(x, False)
     dim = (args[1] if len(args) > 1 else 0) % x.ndim
+    if func.overloadpacket is aten.slice:
+        labels.note_slice(out, x, dim)
+    labels.set_uniform(x, False)
     if func.overloadpacket is aten.slice and out.shape == x.shape:
         labels.set(out, labels.get(x))
         return
@@ -91,7 +93,12 @@ def indexed(labels: Labels, func, args, kwargs, out):
     """x[indices], with tensors of integers: the dimensions without an index go on, what is taken of the others stays."""
     x, indices = args[:2]
     if any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices):
-        return opaque(labels, args[:1], {}, out, f"a mask in {labels.where()!r} selects values")
+        return opaque(
+            labels, (x, *(i for i in indices if i is not None)), {}, out, f"a mask in {labels.where()!r} selects values"
+        )
+    for i in indices:
+        if i is not None:
+            labels.freeze_all(i, f"an index in {labels.where()!r} is computed from them")
     dims = [d for d, i in enumerate(indices) if i is not None]
     result = labels.require_all(x, f"an index in {labels.where()!r} takes part of the channels", dims)
     anywhere = [None if i is None else torch.zeros(i.shape, dtype=torch.int64) for i in indices]
@@ -105,6 +112,8 @@ def written(labels: Labels, func, args, kwargs, out):
     if any(i is None or i.dtype in (torch.bool, torch.uint8) for i in indices) or (values.numel() != 1 and values.ndim < rest):
         return opaque(labels, (x, values), {}, out, f"written by index in {labels.where()!r}")
     reason = f"written into a buffer in {labels.where()!r}"
+    for i in indices:
+        labels.freeze_all(i, f"an index in {labels.where()!r} is computed from them")
     fresh = labels.is_uniform(x)
     labels.freeze_all(x, reason, range(len(indices)))
     if values.numel() != 1:
@@ -157,10 +166,11 @@ def cat(labels: Labels, func, args, kwargs, out):
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
     joined, others = [], []
     for t in tensors:
-        labels.set_uniform(t, False)
         mine = [x for x in labels.get(t) if t.shape[dim] > 1 and x.shape[dim] > 1]
         others.append([x for x in labels.get(t) if not mine or x is not mine[0]])
-        joined.append(mine[0] if mine else torch.full([t.shape[dim] if i == dim else 1 for i in range(out.ndim)], FIXED))
+        size = t.shape[dim]
+        none = labels.fresh(size) if labels.is_uniform(t) else torch.full((size,), FIXED)  # zeros for a state that is not there yet
+        joined.append(mine[0] if mine else none.reshape([size if i == dim else 1 for i in range(out.ndim)]))
     result = []
     if any(bool((j != FIXED).any()) for j in joined):
         rest = torch.broadcast_shapes(*[tuple(1 if i == dim else s for i, s in enumerate(j.shape)) for j in joined])

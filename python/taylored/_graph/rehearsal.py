@@ -193,7 +193,7 @@ def _traced_at(model: nn.Module, graph: ChannelGraph, widths: tuple[int, ...]) -
     tracer = Tracer(model, graph.fully_connected)
     tracer.grouped = {name for name, layer in graph.layers.items() if layer.is_grouped}
     stand_ins = {name: torch.empty(shape, dtype=graph.dtypes[name], device="meta") for name, shape in shapes.items()}
-    offsets, total = label_all(tracer, stand_ins)
+    offsets = label_all(tracer, stand_ins)
     passes: list[Pass] = []
     costs: list[tuple[int, list[torch.Tensor]]] = []
     with torch.inference_mode(False), resized(model, shapes):
@@ -203,7 +203,7 @@ def _traced_at(model: nn.Module, graph: ChannelGraph, widths: tuple[int, ...]) -
             tracer.costs = []
     if [p.outputs for p in passes] != [p.outputs for p in graph.passes]:
         raise TraceError("with fewer channels the model's outputs would change shape")
-    traced = Traced(model, stand_ins, tracer, tuple(passes), offsets, total, costs)
+    traced = Traced(model, stand_ins, tracer, tuple(passes), offsets, costs)
     return graph_of(traced, dimensions_in_bundles={key for bundle in graph.bundles for key in bundle.sizes})
 
 

@@ -7,6 +7,8 @@ return the labels that their FLOPs are proportional to. Arithmetic unites labels
 """
 
 import functools
+import math
+import re
 from collections.abc import Callable
 
 import torch
@@ -26,11 +28,13 @@ def pointwise(labels: Labels, func, args, kwargs, out):
     """Element by element: what meets is united."""
     out = out[0] if isinstance(out, (tuple, list)) else out
     operands = list(tensors_of(args, kwargs))
+    if not isinstance(out, torch.Tensor):  # a comparison of all, such as equal
+        for t in operands:
+            labels.freeze_all(t, f"{func.overloadpacket} in {labels.where()!r} looks at all of them")
+        return
     before = labels.get(out)
     if not before and out is args[0] and not labels.is_uniform(out) and out.numel() > 1:
-        # Written in place over something without labels that others may see through a view.
-        for t in operands[1:]:
-            labels.freeze_all(t, f"written into a buffer in {labels.where()!r}")
+        labels.write_slice(out, operands[1:], f"written into a buffer in {labels.where()!r}")
         return
     result = labels.broadcast(operands, out.shape)
     if result:
@@ -62,16 +66,72 @@ def metadata(labels: Labels, func, args, kwargs, out):
     """Nothing to carry."""
 
 
-def per_channel(labels: Labels, func, args, kwargs, out):
-    """Pooling and interpolation work in space, channel by channel (dimension 1)."""
+def in_space(labels: Labels, func, args, kwargs, out):
+    """Pooling and interpolation work along the last dimensions, as many as their name says; all others go on."""
+    x, dims = args[0], range(args[0].ndim - _space(func), args[0].ndim)
+    result = list(labels.require_all(x, f"{func.overloadpacket} in {labels.where()!r} works over the channels", dims))
+    for d in dims:
+        result = [label.narrow(d, 0, 1) for label in result]
     for tensor in out if isinstance(out, (tuple, list)) else (out,):
-        labels.emit(tensor, 1, labels.channels(args[0], 1))
+        labels.set(tensor, result)
 
 
-def places(labels: Labels, func, args, kwargs, out):
-    """Pooling within boxes, sampling at points: the map's channels go on, coordinates stay."""
+def _space(func) -> int:
+    return int(re.search(r"([123])d", operator_name(func))[1])
+
+
+def unpooling(labels: Labels, func, args, kwargs, out):
+    """Values go where their indices say: a map's channel and that of its indices are one."""
+    x, indices = args[:2]
+    found = labels.broadcast([x, indices], x.shape)
+    labels.set(x, found)
+    in_space(labels, func, (x,), {}, out)
+
+
+def at_points(labels: Labels, func, args, kwargs, out):
+    """Pooling within boxes, sampling at points: the map's channels, dimension 1, go on, coordinates stay."""
     labels.freeze_all(args[1], f"coordinates in {labels.where()!r}")
-    per_channel(labels, func, args, kwargs, out)
+    labels.emit(out, 1, labels.take(args[0], 1, f"{func.overloadpacket} in {labels.where()!r} mixes positions that have labels"))
+
+
+def gathered(labels: Labels, func, args, kwargs, out):
+    """gather: of every line along a dimension, what the index says; along the others map and index meet."""
+    x, dim, index = args[0], args[1] % args[0].ndim, args[2]
+    reason = f"{func.overloadpacket} in {labels.where()!r} takes part of the channels"
+    labels.set(x, labels.require_all(x, reason, (dim,)))
+    lines = [label.narrow(dim, 0, 1) for label in labels.get(x)]
+    if any(index.shape[d] != x.shape[d] for label in lines for d in varying(label)):
+        return opaque(labels, (x, index), {}, out, reason)
+    labels.set(out, [*lines])
+    labels.set(out, labels.broadcast([out, index], out.shape))
+
+
+def unfolded(labels: Labels, func, args, kwargs, out):
+    """im2col: every channel becomes as many rows as the kernel has places; the new last dimension has positions."""
+    x, kernel = args[0], math.prod(args[1])
+    label = labels.take(x, x.ndim - 3, f"{func.overloadpacket} in {labels.where()!r} mixes positions that have labels")
+    labels.emit(out, out.ndim - 2, None if label is None else label.repeat_interleave(kernel))
+
+
+def folded(labels: Labels, func, args, kwargs, out):
+    """col2im: as many rows as the kernel has places become one channel."""
+    x, kernel = args[0], math.prod(args[2])
+    label = labels.take(x, x.ndim - 2, f"{func.overloadpacket} in {labels.where()!r} mixes positions that have labels")
+    if label is not None:
+        rows = label.reshape(-1, kernel)
+        labels.unite_rows(rows)
+        label = rows[:, 0]
+    labels.emit(out, out.ndim - 3, label)
+
+
+def complex_view(labels: Labels, func, args, kwargs, out):
+    """A last dimension of two for a complex number, or the other way round."""
+    x = args[0]
+    if out.ndim > x.ndim:
+        labels.set(out, [label.unsqueeze(-1) for label in labels.get(x)])
+    else:
+        kept = labels.require_all(x, f"{func.overloadpacket} in {labels.where()!r} works over the channels", (x.ndim - 1,))
+        labels.set(out, [label.narrow(-1, 0, 1).squeeze(-1) for label in kept])
 
 
 def dims_of(func, args, kwargs) -> list[int]:
@@ -107,7 +167,7 @@ def softmax(labels: Labels, func, args, kwargs, out):
 def batch_norm(labels: Labels, func, args, kwargs, out):
     """One scale, shift, mean and variance per channel."""
     x = args[0]
-    label = labels.channels(x, 1)
+    label = labels.take(x, 1, f"batch norm {labels.where()!r} takes statistics over them")
     for t in args[1:5]:
         if isinstance(t, torch.Tensor) and t.numel() > 1:
             labels.match(label, labels.channels(t, 0), f"batch norm {labels.where()!r} of something without labels")
@@ -119,7 +179,7 @@ def batch_norm(labels: Labels, func, args, kwargs, out):
 def group_norm(labels: Labels, func, args, kwargs, out):
     """Statistics over a block of channels: the block is one unit."""
     x, groups = args[0], args[6]
-    label = labels.channels(x, 1)
+    label = labels.take(x, 1, f"group norm {labels.where()!r} takes statistics over them")
     for t in args[1:3]:
         if isinstance(t, torch.Tensor):
             labels.match(label, labels.channels(t, 0), f"group norm {labels.where()!r} of something without labels")
@@ -153,6 +213,13 @@ def weight_norm(labels: Labels, func, args, kwargs, out):
     labels.emit(out[1], dim, label)
 
 
+def renorm(labels: Labels, func, args, kwargs, out):
+    """What is at an index of a dimension over its norm, where that is too large: like weight norm."""
+    x, dim = args[0], args[2] % args[0].ndim
+    others = [d for d in range(x.ndim) if d != dim]
+    labels.set(out, labels.freeze_all(x, f"renorm in {labels.where()!r} divides by a norm over them", dims=others))
+
+
 def statistic(labels: Labels, func, args, kwargs, out):
     """A statistic of whole tensors, such as spectral norm's: nothing in them can go."""
     opaque(labels, args, kwargs, out, f"{func.overloadpacket} in {labels.where()!r} depends on all of them")
@@ -161,11 +228,8 @@ def statistic(labels: Labels, func, args, kwargs, out):
 def convolution(labels: Labels, func, args, kwargs, out):
     """Binds the input's channels to the weight's, emits the weight's filters. A group of channels is one unit."""
     x, weight, bias, transposed, groups = args[0], args[1], args[2], args[6], args[8]
-    x_label = labels.channels(x, 1)
+    x_label = labels.take(x, 1, f"a convolution in {labels.where()!r} mixes positions that have labels")
     filters, inputs = labels.channels(weight, int(transposed)), labels.channels(weight, int(not transposed))
-    for label in labels.get(x):
-        if 1 not in varying(label):
-            labels.freeze(label, f"a convolution in {labels.where()!r} mixes positions that have labels")
     if groups > 1:
         labels.grouped.add(labels.where())
     if labels.where() not in labels.grouped:
@@ -216,6 +280,7 @@ def _rules(function, *names):
 Rule = Callable[..., "list[torch.Tensor | None] | None"]
 RULES: dict[object, Rule] = {
     **dict.fromkeys(ELEMENTWISE, pointwise),
+    **_rules(same, "_conj", "resolve_conj", "_conj_physical", "resolve_neg", "_neg_view"),
     **_rules(same, "clone", "detach", "alias", "lift_fresh", "_to_copy", "contiguous", "native_dropout", "empty_like"),
     **_rules(same, "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "dropout", "bernoulli"),
     **_rules(uniform, "empty", "zeros", "ones", "full", "rand", "randn", "new_empty", "new_zeros", "new_ones", "new_full"),
@@ -226,7 +291,7 @@ RULES: dict[object, Rule] = {
     **_rules(movement, "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "repeat", "flip"),
     **_rules(part, "slice", "select", "narrow", "unfold"),
     **_rules(along, "index_select", "cumsum", "cumprod", "sort", "topk", "roll", "median"),
-    **_rules(places, "grid_sampler_2d", "grid_sampler_3d"),
+    **_rules(at_points, "grid_sampler_2d", "grid_sampler_3d"),
     **_rules(indexed, "index"),
     **_rules(written, "index_put", "index_put_"),
     **_rules(split, "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "unbind"),
@@ -235,11 +300,19 @@ RULES: dict[object, Rule] = {
     **_rules(stack, "stack"),
     **_rules(pad, "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d"),
     **_rules(pad, "replication_pad1d", "replication_pad2d", "replication_pad3d"),
-    **_rules(per_channel, "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
-    **_rules(per_channel, "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
-    **_rules(per_channel, "adaptive_avg_pool2d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"),
-    **_rules(per_channel, "upsample_bilinear2d", "upsample_trilinear3d", "upsample_linear1d", "upsample_bicubic2d"),
-    **_rules(per_channel, "_upsample_bilinear2d_aa", "_upsample_nearest_exact2d", "max_unpool2d"),
+    **_rules(in_space, "max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d"),
+    **_rules(in_space, "avg_pool2d", "avg_pool3d", "adaptive_max_pool2d", "adaptive_max_pool3d", "_adaptive_avg_pool2d"),
+    **_rules(in_space, "_adaptive_avg_pool3d", "adaptive_avg_pool2d", "fractional_max_pool2d", "fractional_max_pool3d"),
+    **_rules(in_space, "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d"),
+    **_rules(in_space, "upsample_trilinear3d", "upsample_linear1d", "upsample_bicubic2d", "_upsample_bilinear2d_aa"),
+    **_rules(in_space, "_upsample_bicubic2d_aa", "_upsample_lanczos2d_aa", "_upsample_nearest_exact1d"),
+    **_rules(in_space, "_upsample_nearest_exact2d", "_upsample_nearest_exact3d"),
+    **_rules(unpooling, "max_unpool2d", "max_unpool3d"),
+    **_rules(gathered, "gather"),
+    **_rules(unfolded, "im2col"),
+    **_rules(folded, "col2im"),
+    **_rules(along, "_fft_r2c", "_fft_c2r", "_fft_c2c"),
+    **_rules(complex_view, "view_as_real", "view_as_complex"),
     **_rules(along, "mean", "sum", "amax", "amin", "var", "std", "var_mean", "std_mean", "max", "min", "norm"),
     **_rules(along, "linalg_vector_norm", "argmax", "argmin", "prod", "logsumexp", "all", "any"),
     **_rules(softmax, "_softmax", "_log_softmax"),
@@ -248,12 +321,13 @@ RULES: dict[object, Rule] = {
     **_rules(group_norm, "native_group_norm"),
     **_rules(layer_norm, "native_layer_norm"),
     **_rules(weight_norm, "_weight_norm_interface"),
+    **_rules(renorm, "renorm"),
     **_rules(statistic, "mv", "dot", "vdot", "linalg_householder_product"),
     **_rules(convolution, "convolution"),
     **_rules(matmul, "mm", "addmm", "bmm", "baddbmm"),
 }
 # Operators of libraries that need not be there, by name.
-FOREIGN = dict.fromkeys(("torchvision::roi_align", "torchvision::roi_pool"), places)
+FOREIGN = dict.fromkeys(("torchvision::roi_align", "torchvision::roi_pool"), at_points)
 
 
 def trace_rule(op: str, like: str | None = None) -> Callable:

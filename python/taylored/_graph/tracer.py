@@ -31,6 +31,7 @@ class Tracer(LabelMode):
     def __init__(self, model: nn.Module, fully_connected: bool, values: str = "none"):
         super().__init__(model, values)
         self.fully_connected = fully_connected
+        self.total = 0  # labels that there are
         self.edges: list[tuple[Label, Label]] = []
         self.ties: list[tuple[Label, Label]] = []  # of equal positions in pieces that must stay equally many
         self.pieces = 1  # the most that anything was cut into
@@ -39,6 +40,10 @@ class Tracer(LabelMode):
         self.heads: list[Label] = []  # filters of fully connected layers
         self.applications: dict[str, list[Application]] = {}
         self.costs: list[tuple[int, list[Label]]] = []
+
+    def fresh(self, size):
+        self.total += size
+        return torch.arange(self.total - size, self.total)
 
     def unite(self, a, b):
         self.edges.append((a.reshape(-1), b.reshape(-1)))

@@ -83,7 +83,7 @@ def _run_with(values, model, tensors, args, kwargs, fully_connected):
     for name, tensor in tensors.items():
         blank = stand_in(tracer, model, name, tensor, tensor.shape)
         stand_ins[name] = tensor.detach().clone() if blank is None else blank
-    offsets, total = label_all(tracer, stand_ins)
+    offsets = label_all(tracer, stand_ins)
     passes = [run_pass(model, stand_ins, tracer, False, args, kwargs)]
     costs, tracer.costs = tracer.costs, []
     unseen, problems = [name for name, _ in model.named_parameters() if id(stand_ins[name]) not in tracer.seen], []
@@ -93,7 +93,7 @@ def _run_with(values, model, tensors, args, kwargs, fully_connected):
         except TraceError as error:
             problems.append(f"training mode could not be traced ({error})")
         unseen = [name for name in unseen if id(stand_ins[name]) not in tracer.seen]
-    return Traced(model, tensors, tracer, tuple(passes), offsets, total, costs), unseen, problems
+    return Traced(model, tensors, tracer, tuple(passes), offsets, costs), unseen, problems
 
 
 def _hard_coded(model, graph: ChannelGraph, known: bool) -> dict[int, str]:
