@@ -47,7 +47,9 @@ def save(
     aliases: dict[str, str] = {}
     seen: dict[object, str] = {}
     for name, tensor in model.state_dict().items():
-        first = seen.setdefault((tensor.data_ptr(), tensor.shape, tensor.dtype) if tensor.numel() else name, name)
+        first = seen.setdefault(
+            (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else name, name
+        )
         if first != name:
             aliases[name] = first
         else:

@@ -197,28 +197,100 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[nn.Module]:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Afterwards the modules' own attributes are what they were: a forward pass may keep values (anchors, position biases, a
-    mask of the last size), and those of the meta device would be of no use to anybody."""
-    before = {m: {key: value for key, value in vars(m).items() if key not in MODULE_ATTRIBUTES} for m in model.modules()}
-    contents = [(v, v.copy()) for values in before.values() for v in values.values() if isinstance(v, (list, dict))]
+    """Afterwards everything that a forward pass may have written to is what it was: the modules' own attributes, the containers
+    and objects that they hold, however nested, and what their classes hold (anchors, position biases, a mask of the last size).
+    Values of the meta device would be of no use to anybody."""
+    before = [(owner, _content(owner)) for owner in _reachable(model)]
     try:
         yield
     finally:
-        for module, values in before.items():
-            for key in vars(module).keys() - values.keys() - MODULE_ATTRIBUTES:
-                del module.__dict__[key]
-            module.__dict__.update(values)
-        for container, content in contents:
-            container.clear()
-            (container.extend if isinstance(container, list) else container.update)(content)
+        for owner, content in before:
+            _put_back(owner, content)
+
+
+OWN_STATE = 10_000  # objects that are looked into: a model that holds more of them holds data
+
+
+def _reachable(model: nn.Module) -> list[object]:
+    """The modules, their classes, and the mutable containers and objects that they hold."""
+    found, seen = list(model.modules()), set()
+    classes = {cls for m in found for cls in type(m).__mro__ if not cls.__module__.startswith(("torch.", "builtins"))}
+    waiting: list[object] = [*found, *classes]
+    seen = {id(x) for x in waiting}
+    found = list(waiting)
+    while waiting and len(found) < OWN_STATE:
+        for x in _values(_content(waiting.pop())):
+            for y in x if isinstance(x, tuple) else (x,):
+                if id(y) not in seen and not isinstance(y, (torch.Tensor, *PLAIN)) and _content(y) is not None:
+                    seen.add(id(y))
+                    found.append(y)
+                    waiting.append(y)
+    return found
+
+
+def _content(x):
+    """What a mutable container or object holds, None for anything else. The containers' own methods are asked: a subclass may
+    refuse, or do something else."""
+    if isinstance(x, type):
+        return {k: v for k, v in vars(x).items() if not k.startswith("__") and not isinstance(v, (*PLAIN, *DESCRIPTORS))}
+    if isinstance(x, nn.Module):
+        return {key: value for key, value in vars(x).items() if key not in MODULE_ATTRIBUTES}
+    for kind in (dict, list, set, collections.deque):
+        if isinstance(x, kind):
+            return (kind.copy(x), _attributes(x))
+    return _attributes(x)
+
+
+DESCRIPTORS = (property, classmethod, staticmethod, types.MemberDescriptorType, types.GetSetDescriptorType)
+
+
+def _attributes(x):
+    return dict(vars(x)) if hasattr(x, "__dict__") and type(x).__module__.partition(".")[0] not in ("torch", "numpy") else None
+
+
+def _values(content) -> list[object]:
+    if content is None:
+        return []
+    held, attributes = content if isinstance(content, tuple) else (content, None)
+    return [*(held.values() if isinstance(held, dict) else held), *(attributes or {}).values()]
+
+
+def _put_back(x, content) -> None:
+    held, attributes = content if isinstance(content, tuple) else (None, content)
+    if isinstance(x, type):
+        for key, value in content.items():
+            if vars(x).get(key) is not value:
+                setattr(x, key, value)
+        return
+    if isinstance(x, nn.Module):
+        for key in vars(x).keys() - content.keys() - MODULE_ATTRIBUTES:
+            del x.__dict__[key]
+        x.__dict__.update(content)
+        return
+    if attributes is not None and not _alike(vars(x), attributes):
+        vars(x).clear()
+        vars(x).update(attributes)
+    for kind in (dict, list, set, collections.deque):
+        if isinstance(x, kind) and held is not None and not _alike(kind.copy(x), held):
+            kind.clear(x)
+            (kind.update if kind in (dict, set) else kind.extend)(x, held)
+
+
+def _alike(a, b) -> bool:
+    """Whether two containers hold the very same objects."""
+    a, b = ([*c.keys(), *c.values()] if isinstance(c, dict) else list(c) for c in (a, b))
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b))
 
 
 # -- sizes -------------------------------------------------------------------------------------------------------------
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# The tensor that shows a module's sizes; weight norm, as a parametrization or a hook, gives it other names.
-WEIGHTS = ("weight", "parametrizations.weight.original1", "weight_v", "weight_ih_l0", "running_mean")
+# The tensor that shows a module's sizes; a parametrization, or a hook of weight norm or pruning, gives it other names.
+WEIGHTS = (
+    "weight", "parametrizations.weight.original", "parametrizations.weight.original1", "weight_orig", "weight_v", "weight_ih_l0",
+    "running_mean",
+)  # fmt: skip
 
 
 def size_attributes(model: nn.Module, before: Shapes, after: Shapes) -> list[tuple[str, nn.Module, dict[str, int]]]:

@@ -7,6 +7,7 @@ and applied; it is tried on the model where it is made (`rehearse`).
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -52,14 +53,14 @@ class PrunePlan:
         `rehearse`."""
         check_graph(graph)
         graph = reaching(graph, model)
+        if not isinstance(removed, Mapping):
+            raise TypeError(f"removed must be a dict from group name to unit indices, got {type(removed).__name__}")
         if unknown := removed.keys() - {g.name for g in graph.groups}:
             raise PlanError(f"removed names {sorted(unknown)}, which are no groups of the graph")
-        removed = {name: torch.as_tensor(units, dtype=torch.int64, device="cpu").unique() for name, units in removed.items()}
+        removed = {name: graph.group(name).indices(units, f"removed[{name!r}]") for name, units in removed.items()}
         removed = {g.name: removed[g.name] for g in graph.groups if len(removed.get(g.name, ()))}
         for name, units in removed.items():
             group = graph.group(name)
-            if units[0] < 0 or units[-1] >= group.units:
-                raise PlanError(f"removed[{name!r}] has an index outside of the group's {group.units} units")
             if len(units) == group.units and name not in graph.bundled:
                 raise PlanError(f"removed[{name!r}] leaves none of the group's {group.units} units")
         try:

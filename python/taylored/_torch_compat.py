@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._ops import OpOverload  # 2.10 to 2.14
 from torch.utils._python_dispatch import TorchDispatchMode  # 2.10 to 2.14
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only, tree_unflatten  # 2.10 to 2.14
 from torch.utils.flop_counter import flop_registry  # 2.10 to 2.14
 
-__all__ = ["TorchDispatchMode", "flop_registry", "tree_leaves", "tree_map", "tree_map_only", "tree_unflatten"]
+__all__ = ["OpOverload", "TorchDispatchMode", "flop_registry", "tree_leaves", "tree_map", "tree_map_only", "tree_unflatten"]
 
 Convolution = nn.modules.conv._ConvNd  # the base class of all convolutions; 2.10 to 2.14
 BatchNorm = nn.modules.batchnorm._BatchNorm  # of all batch norms; 2.10 to 2.14

@@ -15,17 +15,17 @@ from torch import nn
 from taylored._errors import TraceError
 from taylored._graph.labels import Labels, along_axis, tensors_of
 from taylored._graph.moves import opaque
+from taylored._graph.numbers import Numbers
 from taylored._graph.rules import noise, rule_of, uniform
 from taylored._graph.shapes import BIAS_ONLY, SHAPES, is_elementwise, sparing
 from taylored._graph.values import Pass
-from taylored._modules import CONSUMERS, holders, in_mode, untouched, user_line
+from taylored._modules import CONSUMERS, holders, in_mode, tensors_in, untouched, user_line
 from taylored._torch_compat import (
     TorchDispatchMode,
     around_calls,
     eager,
     flop_registry,
     operator_name,
-    tree_leaves,
     tree_map_only,
     writes,
 )
@@ -58,6 +58,7 @@ class LabelMode(Labels, TorchDispatchMode):
         self.meta: dict[int, torch.Tensor] = {}
         self.owned: set[int] = set()  # the model's own tensors, and those of them that an op has used
         self.seen: set[int] = set()
+        self.numbers = Numbers()
         self.steps = 1  # for which what runs stands
         self.dynamic = False  # whether an op's shape depended on its data
 
@@ -106,6 +107,7 @@ class LabelMode(Labels, TorchDispatchMode):
 
     def execute(self, func, args, kwargs):
         """Run an operator, on the meta device or what takes its place, and carry the labels along."""
+        given, given_kwargs = args, kwargs
         if self.values == "none":
             args = tuple(self.to_meta(a) for a in args)
             kwargs = {k: self.to_meta(v) for k, v in kwargs.items()}
@@ -120,12 +122,18 @@ class LabelMode(Labels, TorchDispatchMode):
             out = instead(*args) if instead else sparing(func, args, kwargs)
         else:
             out = (instead or func)(*args, **kwargs)
+        if self.values == "none" and (found := self.numbers.of(func, given, given_kwargs, out, self.owned)):
+            self.computed_with((self.where(), str(packet)), found, args, kwargs)
         self.dynamic |= torch.Tag.dynamic_output_shape in func.tags
         dimensions = self._carry(func, args, kwargs, out) if self.labelled else None
         if packet in flop_registry:
             flops = self.steps * flop_registry[packet](*args, **kwargs, out_val=out)
             self.counted(flops, [d for d in dimensions or () if d is not None])
         return out
+
+    def computed_with(self, place: tuple[str, str], numbers, args, kwargs) -> None:
+        """An operator computed with numbers; place: module and operator."""
+        self.numbers.noted.setdefault(place, []).append(numbers)
 
     def _carry(self, func, args, kwargs, out):
         """Give what an operator has made its labels."""
@@ -175,6 +183,7 @@ def run_pass(model: nn.Module, stand_ins: dict[str, torch.Tensor], mode: LabelMo
     """One forward pass under a label mode, with other tensors in the place of the model's own; freezes its outputs."""
     mode.stack.clear()
     mode.owned = {id(t) for t in stand_ins.values()}
+    mode.numbers = Numbers()
     rng = contextlib.nullcontext() if mode.values == "none" else torch.random.fork_rng(devices=[])
     try:
         if mode.values == "none":
@@ -187,12 +196,16 @@ def run_pass(model: nn.Module, stand_ins: dict[str, torch.Tensor], mode: LabelMo
         raise
     except Exception as error:
         raise TraceError(f"{user_line(error.__traceback__)}: {type(error).__name__}: {error}") from error
-    outputs = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor)]
+    try:
+        outputs = list(tensors_in(output))
+    except TypeError as error:
+        raise TraceError(f"the model's output: {error}; return tensors, or containers and objects that hold them") from error
     for tensor in outputs:
         mode.freeze_all(tensor, "the model's output")
     if mode.values == "none":
         args, kwargs = (tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device="meta"), a) for a in (args, kwargs))
-    return Pass(training, mode.values, mode.dynamic, args, kwargs, [tuple(t.shape) for t in outputs])
+    numbers = {place: tuple(calls) for place, calls in mode.numbers.noted.items()}
+    return Pass(training, mode.values, mode.dynamic, args, kwargs, [tuple(t.shape) for t in outputs], numbers)
 
 
 @contextlib.contextmanager

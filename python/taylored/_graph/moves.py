@@ -169,7 +169,9 @@ def cat(labels: Labels, func, args, kwargs, out):
         mine = [x for x in labels.get(t) if t.shape[dim] > 1 and x.shape[dim] > 1]
         others.append([x for x in labels.get(t) if not mine or x is not mine[0]])
         size = t.shape[dim]
-        none = labels.fresh(size) if labels.is_uniform(t) else torch.full((size,), FIXED)  # zeros for a state that is not there yet
+        none = (
+            labels.fresh(size) if labels.is_uniform(t) else torch.full((size,), FIXED)
+        )  # zeros for a state that is not there yet
         joined.append(mine[0] if mine else none.reshape([size if i == dim else 1 for i in range(out.ndim)]))
     result = []
     if any(bool((j != FIXED).any()) for j in joined):

@@ -16,6 +16,7 @@ from taylored._errors import PlanError, TraceError
 from taylored._graph.components import Traced, graph_of
 from taylored._graph.labels import along_axis, tensors_of
 from taylored._graph.mode import LabelMode, label_all, run_pass, stand_in
+from taylored._graph.numbers import differ
 from taylored._graph.tracer import Tracer
 from taylored._graph.values import FIXED, Bundle, ChannelGraph, Group, Pass, check_fit
 from taylored._modules import named_shapes, named_tensors, resized, unwrapped, user_line
@@ -28,8 +29,9 @@ class Rehearsal(LabelMode):
 
     planned = True
 
-    def __init__(self, model, graph: ChannelGraph, removed: dict[str, torch.Tensor], labelled: bool = True):
+    def __init__(self, model, graph: ChannelGraph, removed: dict[str, torch.Tensor], labelled: bool = True, costs=()):
         super().__init__(model)
+        self.costs = costs  # FLOPs of every operator that has any in eval mode, in order: what they must be
         self.graph, self.keep = graph, graph.keep(removed)
         left = {key: c[self.keep[key].numpy()] if key in self.keep else c for key, c in graph.components.items()}
         self.grouped = {name for name, layer in graph.layers.items() if layer.is_grouped}
@@ -37,12 +39,14 @@ class Rehearsal(LabelMode):
         several = all(graph.group(name).units - len(units) > 1 for name, units in removed.items() if len(units))
         self.sizes, self.labelled = {key: len(c) for key, c in left.items()}, labelled and several
         self.shapes = {n: tuple(self.sizes.get((n, d), s) for d, s in enumerate(shape)) for n, shape in graph.shapes.items()}
-        self.flops = 0
+        self.flops, self.count = 0, itertools.count()
         self.blamed: set[int] = set()  # the components that met at the fault
 
     def run(self, model, traced: Pass) -> None:
         """Raises TraceError with the file and line of the forward that does not follow its input's number of channels."""
-        self.values = traced.values
+        self.values, self.expected = traced.values, traced.numbers
+        if traced.training or traced.dynamic:
+            self.costs = ()
         ends = itertools.accumulate(self.sizes.values())
         labels = {key: torch.arange(end - n, end) for (key, n), end in zip(self.sizes.items(), ends, strict=True)}
         stand_ins = {name: self._smaller(model, name, tensor) for name, tensor in named_tensors(model).items()}
@@ -100,6 +104,20 @@ class Rehearsal(LabelMode):
 
     def counted(self, flops, dimensions):
         self.flops += flops
+        number = next(self.count)
+        if number < len(self.costs) and flops != self.costs[number]:
+            raise TraceError(
+                f"{user_line()}: takes {flops} FLOPs with fewer channels, where {self.costs[number]} follow from them"
+            )
+
+    def computed_with(self, place, numbers, args, kwargs):
+        super().computed_with(place, numbers, args, kwargs)
+        calls, number = self.expected.get(place, ()), len(self.numbers.noted[place]) - 1
+        if number < len(calls) and differ(numbers, calls[number]):
+            for tensor in tensors_of(args, kwargs):
+                for label in self.get(tensor):
+                    self._blame(label)
+            raise TraceError(f"{user_line()}: {place[1]} computes with another number where there are fewer channels")
 
 
 class ModelRehearser:

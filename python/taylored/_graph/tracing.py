@@ -18,6 +18,7 @@ from taylored._graph.rehearsal import ModelRehearser, Rehearsal
 from taylored._graph.tracer import Tracer
 from taylored._graph.values import ChannelGraph
 from taylored._modules import Inputs, as_arguments, check_module, named_tensors, two_examples
+from taylored._torch_compat import OpOverload
 
 
 def trace(model: nn.Module, example_inputs: Inputs, *, fully_connected: bool = False) -> ChannelGraph:
@@ -35,23 +36,47 @@ def trace(model: nn.Module, example_inputs: Inputs, *, fully_connected: bool = F
     module, or scripted.
     """
     model = check_module(model, "trace(model, example_inputs)")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("model must not be scripted: trace and prune the original, script what is left of it")
+    _refuse(model)
     args, kwargs = as_arguments(example_inputs)
     with torch.inference_mode(False):  # in inference mode operators arrive whole, convolutions and linear layers unseen
         traced, problems = _run(model, args, kwargs, fully_connected)
         for problem in problems:
             warnings.warn(problem, stacklevel=2)
-        search, known = True, False
+        search = True
         while True:
             graph = dataclasses.replace(graph_of(traced), rehearser=ModelRehearser(model))
             bundled = with_bundles(traced, graph) if search else None
             graph, search = bundled or graph, bundled is not None
-            if not (found := _hard_coded(model, graph, known)):
+            if not (found := _hard_coded(model, graph)):
                 return graph
-            known = True
             for reason in set(found.values()):  # a component is one of its labels
                 traced.tracer.freeze(torch.tensor([c for c, why in found.items() if why == reason]), reason)
+
+
+def _refuse(model: nn.Module) -> None:
+    """Raises for what cannot be traced or cut, before anything is touched: TypeError for what is no plain module of plain
+    tensors, TraceError for what was made of one."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model must not be scripted: trace and prune the original, script what is left of it")
+    for name, module in model.named_modules():
+        kind = type(module)
+        if any(cls.__name__ == "FSDPModule" for cls in kind.__mro__):
+            raise TraceError(
+                f"{name or 'the model'!r} is sharded by fully_shard: trace and prune before fully_shard, then shard it"
+            )
+        if "quantized" in kind.__module__.split(".") and not kind.__module__.startswith("torch.ao.nn.qat"):
+            raise TraceError(f"the weights of {name!r} ({kind.__name__}) are quantized: prune first, then quantize")
+        if isinstance(module, torch.fx.GraphModule) and any(isinstance(node.target, OpOverload) for node in module.graph.nodes):
+            raise TraceError(
+                f"{name or 'the model'!r} is an exported program: trace and prune the original, export what is left of it"
+            )
+    for name, tensor in named_tensors(model).items():
+        if type(tensor.detach()) is not torch.Tensor:
+            kind = type(tensor.detach())
+            raise TypeError(
+                f"{name!r} is a {kind.__module__}.{kind.__name__}, no plain tensor: trace and prune the model before its "
+                "weights are sharded, quantized or otherwise wrapped"
+            )
 
 
 def _run(model, args, kwargs, fully_connected) -> tuple[Traced, list[str]]:
@@ -96,21 +121,30 @@ def _run_with(values, model, tensors, args, kwargs, fully_connected):
     return Traced(model, tensors, tracer, tuple(passes), offsets, costs), unseen, problems
 
 
-def _hard_coded(model, graph: ChannelGraph, known: bool) -> dict[int, str]:
-    """The components that the model does not run without, and why: a forward that hard-codes their number.
-
-    known: there are some already; otherwise shapes alone are looked at first, which takes half the time."""
+def _hard_coded(model, graph: ChannelGraph) -> dict[int, str]:
+    """The components that the model does not run without as it should, and why: a forward that hard-codes their number, or
+    computes with it."""
 
     def without(parts, labelled):
-        """None, or what goes wrong when the parts (group name -> units) are gone, and where."""
+        """None, or what goes wrong when the parts (group name -> units) are gone, and who is to blame."""
         removed = {name: torch.arange(count) for part in parts for name, count in part.items()}
+        costs = [cost.value for cost in graph.after(removed).flop_costs]
         for traced in graph.passes:
-            mode = Rehearsal(model, graph, removed, labelled)
+            mode = Rehearsal(model, graph, removed, labelled, costs)
             try:
                 mode.run(model, traced)
             except TraceError as error:
                 return str(error), mode.blamed
         return None
+
+    def culprits(parts) -> list[tuple[dict[str, int], str]]:
+        """Those of the parts without which it goes wrong, and why: by halving, for there are few of them."""
+        if (wrong := without(parts, labelled=False)) is None:
+            return []
+        if len(parts) == 1:
+            return [(parts[0], wrong[0])]
+        half = len(parts) // 2
+        return culprits(parts[:half]) + culprits(parts[half:]) or [(part, wrong[0]) for part in parts]
 
     # One unit of each group, and what the bundles lose first. Where a single one is left there is nothing to label it by.
     parts: list[dict[str, int]] = []
@@ -122,19 +156,14 @@ def _hard_coded(model, graph: ChannelGraph, known: bool) -> dict[int, str]:
     if graph.bundles:
         _, narrow = next(graph.narrower())
         parts.append({name: count for name, count in graph.lost_units(narrow).items() if count})
-    if not parts + last or (not known and without(parts + last, labelled=False) is None):
-        return {}
     fault = without(parts, labelled=True) if parts else None
     if fault is None and last:
-        parts, fault = last, without(parts + last, labelled=False)
+        parts, fault = parts + last, without(parts + last, labelled=False)
     if fault is None:
         return {}
-    if fault[1]:
-        return dict.fromkeys(fault[1], fault[0])
-    alone = [(part, wrong[0]) for part in parts if (wrong := without([part], labelled=False)) is not None]
-    return {
-        c: why
-        for part, why in alone or [(part, fault[0]) for part in parts]
-        for name in part
-        for c in graph.members(graph.group(name))
-    }
+    reason, blamed = fault
+    members = {g.name: graph.members(g) for g in graph.groups}
+    if blamed:  # all units of a group are alike
+        return dict.fromkeys(blamed | {c for mine in members.values() if blamed & set(mine) for c in mine}, reason)
+    found = culprits(parts) or [(part, reason) for part in parts]  # with labels alone
+    return {c: why for part, why in found for name in part for c in members[name]}

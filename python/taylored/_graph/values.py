@@ -54,6 +54,23 @@ class Group(Value):
     def __len__(self) -> int:
         return self.units
 
+    def indices(self, values, what: str) -> torch.Tensor:
+        """Unit indices as sorted int64 [n] on the CPU, each once. values: integers, a tensor of them or a sequence. Raises
+        PlanError, calling them `what`, for anything else: a mask, counts, fractions, what lies outside."""
+        found = torch.as_tensor(values).detach().cpu()
+        if found.dtype == torch.bool:
+            raise PlanError(f"{what} is a mask; unit indices are wanted: mask.nonzero().flatten()")
+        if found.numel() and (found.is_floating_point() or found.is_complex()):
+            raise PlanError(f"{what} must be unit indices, integers, got {found.dtype}")
+        if found.ndim != 1:
+            raise PlanError(
+                f"{what} must be a sequence of unit indices, got {'one number' if not found.ndim else list(found.shape)}"
+            )
+        found = found.to(torch.int64).unique()
+        if len(found) and not 0 <= int(found[0]) <= int(found[-1]) < self.units:
+            raise PlanError(f"{what} has an index outside of the group's {self.units} units")
+        return found
+
     def __repr__(self) -> str:
         return f"Group({self.name!r}, units={self.units}, layers={list(self.layers)}, consumers={list(self.inputs)})"
 
@@ -113,7 +130,8 @@ class Layer(Value):
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pass(Value):
     """One forward pass that was traced: its mode, which values it computed (`mode.VALUES`), its inputs (meta tensors where
-    it computed none) and the shapes of its outputs; dynamic: whether these depend on its data."""
+    it computed none) and the shapes of its outputs; dynamic: whether these depend on its data; numbers: what its operators
+    computed with (numbers.py), by module and operator."""
 
     training: bool
     values: str
@@ -121,6 +139,7 @@ class Pass(Value):
     args: tuple
     kwargs: dict
     outputs: list
+    numbers: dict[tuple[str, str], tuple] = dataclasses.field(default_factory=dict)
 
 
 class Rehearser(Protocol):

@@ -132,9 +132,7 @@ def _chosen(graph, units) -> dict[str, torch.Tensor]:
             group = graph.group(name)
         except KeyError as error:
             raise ValueError(f"units names {name!r}, which is no group of the graph") from error
-        chosen[name] = torch.as_tensor(indices, dtype=torch.int64).unique()
-        if len(chosen[name]) and not 0 <= chosen[name][0] <= chosen[name][-1] < group.units:
-            raise ValueError(f"units[{name!r}] must lie in 0..{group.units - 1}, got {chosen[name].tolist()}")
+        chosen[name] = group.indices(indices, f"units[{name!r}]")
     return chosen
 
 
