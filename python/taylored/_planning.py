@@ -69,12 +69,10 @@ def make_plan(
     ignored = _ignored(graph, ignore)
     chosen = {name: s for name, s in scores.items() if name not in ignored}
     order, strokes = _strokes(graph, chosen, NORMS[normalize], flops_weight * flops, round_to, (min_units, max_ratio))
-    counts = np.zeros((len(strokes) + 1, len(graph.groups)), dtype=np.int64)
-    for n, stroke in enumerate(strokes):
-        counts[n + 1, list(stroke.going)] = list(stroke.going.values())
-    counts = counts.cumsum(axis=0)  # units gone from each group after the first n strokes
-    n = _most_strokes(counts, budget) if name == "remove_units" else _fewest_strokes(graph, counts, price, name, budget)
-    return PrunePlan.of(graph, {graph.groups[i].name: order[i][: counts[n, i]] for i in order})
+    gone = _Gone(strokes, len(graph.groups))
+    n = _most_strokes(gone, budget) if name == "remove_units" else _fewest_strokes(graph, gone, price, name, budget)
+    counts = gone.after(n)
+    return PrunePlan.of(graph, {graph.groups[i].name: order[i][: counts[i]] for i in order})
 
 
 def _budget(graph, budgets) -> tuple[str, float]:
@@ -127,18 +125,37 @@ def _strokes(graph, scores, norm_of, charge, round_to, limits) -> tuple[dict[int
     return order, sorted(strokes, key=lambda stroke: stroke.score)
 
 
-def _most_strokes(counts, budget) -> int:
+class _Gone:
+    """How many units of each group are gone after the first strokes."""
+
+    def __init__(self, strokes: list[Stroke], groups: int):
+        self.groups, self.strokes = groups, len(strokes)
+        flat = [(n, i, count) for n, stroke in enumerate(strokes) for i, count in stroke.going.items()]
+        self.number, self.index, self.count = np.array(flat, dtype=np.int64).reshape(-1, 3).T
+
+    def after(self, n: int) -> np.ndarray:
+        """[groups]."""
+        stop = np.searchsorted(self.number, n)
+        return np.bincount(self.index[:stop], self.count[:stop], self.groups).astype(np.int64)
+
+    def totals(self) -> np.ndarray:
+        """Of all groups together, after every number of strokes: [strokes + 1]."""
+        return np.append(0, np.bincount(self.number, self.count, self.strokes).cumsum()).astype(np.int64)
+
+
+def _most_strokes(gone, budget) -> int:
     """How many strokes remove at most so many units."""
-    if not isinstance(budget, int) or budget < 0 or budget > counts[-1].sum():
-        raise PlanError(f"remove_units={budget!r} must be an integer from 0 to {int(counts[-1].sum())}, all that may go")
-    return int(np.searchsorted(counts.sum(axis=1), budget, side="right")) - 1
+    totals = gone.totals()
+    if not isinstance(budget, int) or budget < 0 or budget > totals[-1]:
+        raise PlanError(f"remove_units={budget!r} must be an integer from 0 to {totals[-1]}, all that may go")
+    return int(np.searchsorted(totals, budget, side="right")) - 1
 
 
-def _fewest_strokes(graph, counts, price, name, budget) -> int:
+def _fewest_strokes(graph, gone, price, name, budget) -> int:
     """How many strokes it takes until no more remains than the budget."""
     total = graph.params if name == "target_params" else graph.flops
     limit = _absolute(name, budget, total)
-    least = price(price.units - counts[-1])
+    least = price(price.units - gone.after(gone.strokes))
     if least > limit:
         percentage = " (for a percentage, write a fraction: 0.5)" if 1 < budget <= 100 else ""
         raise PlanError(
@@ -146,10 +163,10 @@ def _fewest_strokes(graph, counts, price, name, budget) -> int:
             f"with every unit gone that may go {least} ({least / max(total, 1):.3f}) remain. Let more go (min_units, "
             f"max_ratio, round_to, ignore) or raise the budget"
         )
-    low, n = 0, len(counts) - 1  # the price falls with every stroke: find the first prefix within the limit
+    low, n = 0, gone.strokes  # the price falls with every stroke: find the first prefix within the limit
     while low < n:
         middle = (low + n) // 2
-        low, n = (low, middle) if price(price.units - counts[middle]) <= limit else (middle + 1, n)
+        low, n = (low, middle) if price(price.units - gone.after(middle)) <= limit else (middle + 1, n)
     return n
 
 

@@ -57,6 +57,7 @@ class TaylorScorer:
         self._totals: dict[str, torch.Tensor] = {}
         self._examples: dict[str, int] = {}
         self._arrived: dict[int, dict[str, list[torch.Tensor]]] = {}
+        self._positions: dict[str, int] = {}  # elements per example and channel, as seen
 
     def __enter__(self) -> "TaylorScorer":
         if self._handles:
@@ -99,6 +100,14 @@ class TaylorScorer:
             task = current_backward()
             if task not in self._arrived:
                 self._begin(task)
+        layer = self.graph.layers[name]
+        if layer.is_convolution and x.ndim != layer.ndim:
+            raise RuntimeError(
+                f"{name!r} got an input of {x.ndim} dimensions, {layer.ndim} were traced: give a batch of examples"
+            )
+        self._positions[name] = max(
+            self._positions.get(name, 0), x.shape[2:].numel() if axis == 1 else x[..., 0].numel() // len(x)
+        )
         t = ops.contribution(x.movedim(axis, 1), g.movedim(axis, 1))  # [N, C]
         self._arrived[task].setdefault(name, []).append(t)
 
@@ -131,9 +140,13 @@ class TaylorScorer:
         total = self._totals.get(group.name)
         if total is None:
             total = self._totals[group.name] = torch.zeros(group.units, dtype=torch.float64, device=tensors[0].device)
-        scale = (examples if self.loss_reduction == "mean" else 1) / group.positions
+        scale = (examples if self.loss_reduction == "mean" else 1) / (group.positions or self._seen(group))
         ops.accumulate_(total, tensors, self.reduction, scale)
         self._examples[group.name] = self._examples.get(group.name, 0) + examples
+
+    def _seen(self, group) -> int:
+        """The positions of a group whose consumers ran on none while they were traced (a head without a box)."""
+        return max(self._positions.get(name, 0) * slots.shape[1] for name, slots in group.inputs.items()) or 1
 
     def scores(self) -> dict[str, torch.Tensor]:
         """Group name -> float64 [units], on the CPU, averaged over all examples seen. Low means removable.

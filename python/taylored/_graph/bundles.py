@@ -8,11 +8,13 @@ import dataclasses
 import math
 
 import numpy as np
+import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from taylored._errors import TraceError
 from taylored._graph.components import ALONE, Traced, connect
-from taylored._graph.rehearsal import ModelRehearser
+from taylored._graph.rehearsal import ModelRehearser, Rehearsal
 from taylored._graph.values import Bundle, ChannelGraph
 
 
@@ -36,6 +38,29 @@ def with_bundles(traced: Traced, graph: ChannelGraph) -> ChannelGraph | None:
             return None if next(found.narrower(tries=4), None) is None else found
         inside = [mine for mine, bundle in zip(inside, bundles, strict=True) if bundle]
     return None
+
+
+def needless_ties(traced: Traced, graph: ChannelGraph) -> np.ndarray | None:
+    """Labels [total + 1] whose ties make a single unit of all channels though the model does without: a linear layer's outputs
+    that are viewed as [channels, height, width] come and go by the channel. None where there are none. The model is run without
+    one unit of each group, and without half of them."""
+    alone = [c for c, why in graph.frozen.items() if why == ALONE]
+    if not traced.ties.size or not alone or traced.tracer.values != "none":
+        return None
+    labels = np.isin(traced.component, alone)
+    free = traced.untied(labels, bundled=False)
+    new = [g for g in free.groups if g.units > 2 and labels[free.members(g)].any()]
+    if not new:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    half = {g.name: torch.randperm(g.units, generator=generator)[: g.units // 2] for g in new}
+    for removed in ({g.name: torch.tensor([0]) for g in new}, {name: units.sort().values for name, units in half.items()}):
+        for whole in free.passes:
+            try:
+                Rehearsal(traced.model, free, removed).run(traced.model, whole)
+            except TraceError:
+                return None
+    return labels
 
 
 def _clusters(dimensions, held) -> list[np.ndarray]:

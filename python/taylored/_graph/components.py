@@ -51,9 +51,10 @@ class Traced:
         """The component of every label, [total + 1], where positions tie as well as meetings."""
         return connect(self.total, self.edges, self.ties)
 
-    def untied(self, bundled: np.ndarray) -> ChannelGraph:
-        """The graph without the ties of some labels, [total + 1]: of those in bundles."""
-        return assemble(self, connect(self.total, self.edges, self.ties[:, ~bundled[self.ties[0]]]), bundled)
+    def untied(self, labels: np.ndarray, bundled: bool = True) -> ChannelGraph:
+        """The graph without the ties of some labels, [total + 1]. bundled: they are in bundles."""
+        component = connect(self.total, self.edges, self.ties[:, ~labels[self.ties[0]]])
+        return assemble(self, component, labels if bundled else None)
 
 
 def _pairs(tracer: Tracer, noted) -> np.ndarray:
@@ -149,6 +150,7 @@ def _layer(name: str, calls: list[Application], of, traced: Traced) -> Layer:
         axis=first.axis,
         positions=max(call.positions for call in calls),
         calls=often,
+        ndim=first.ndim,
     )
 
 

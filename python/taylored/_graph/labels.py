@@ -79,15 +79,17 @@ class Labels:
     `unite`, `unite_rows`, `match` and `broadcast` where labels meet, `split_evenly` where channels are cut in pieces, `freeze`,
     `freeze_all`, `require_all` and `unite_along` where they cannot go one by one."""
 
+    training = False  # whether the pass is one in training mode
     planned = False  # whether the model runs as a plan leaves it: one group of channels may be what is left of several
 
     def __init__(self) -> None:
         self._uniform: set[int] = set()  # ids of tensors with the same value, or fresh noise, in every channel
         self.grouped: set[str] = set()  # grouped convolutions; they stay so when a plan leaves them one group
+        self.foreign: set[int] = set()  # ids of tensors with values of their own that are not the model's
         self._labels: dict[int, tuple[Label, ...]] = {}
         self._held: list[torch.Tensor] = []  # an id must not be reused while its labels are kept
         self._united: dict[tuple[int, ...], Label] = {}  # labels that `unite_along` has united, by id and dimensions left
-        self._buffers: dict[int, tuple[torch.Tensor, frozenset[int]]] = {}  # a slice's id -> the fresh tensor, the dimensions cut
+        self._slices: dict[int, tuple[torch.Tensor, frozenset[int]]] = {}  # a slice's id -> the fresh tensor, the dimensions cut
         self._lost: dict[int, str] = {}  # why a tensor has no labels, where an op is to blame
 
     # -- what subclasses say -----------------------------------------------------------------------------------------
@@ -103,8 +105,8 @@ class Labels:
         """What has one of these labels stays."""
         raise NotImplementedError
 
-    def applied(self, filters, outputs, contracted, unlabelled) -> None:
-        """A convolution or matrix product makes `outputs` channels labelled `filters` ([outputs], or None for the reason
+    def applied(self, convolves: bool, filters, outputs, contracted, unlabelled) -> None:
+        """A convolution (or else a matrix product) makes `outputs` channels labelled `filters` ([outputs], or None for the reason
         `unlabelled`) and contracts over the labels `contracted` ([C] or None: it does not mix units)."""
 
     def counted(self, flops: int, dimensions: list[torch.Tensor]) -> None:
@@ -147,15 +149,15 @@ class Labels:
 
     def note_slice(self, out: torch.Tensor, x: torch.Tensor, dim: int) -> None:
         """A fresh tensor, or a slice of one, was cut along a dimension: what is written into the slice is written into it."""
-        base, cut = self._buffers.get(id(x), (x if self.is_uniform(x) else None, frozenset()))
+        base, cut = self._slices.get(id(x), (x if self.is_uniform(x) else None, frozenset()))
         if base is not None:
-            self._buffers[id(out)] = base, cut | {dim}
+            self._slices[id(out)] = base, cut | {dim}
             self.hold(out)
 
     def write_slice(self, out: torch.Tensor, values, reason: str) -> None:
         """Values are written into what has no labels: a slice of a fresh tensor, which from now on has theirs, or something that
         others may see through a view."""
-        base, cut = self._buffers.get(id(out), (None, frozenset()))
+        base, cut = self._slices.get(id(out), (None, frozenset()))
         if base is None:
             for t in values:
                 self.freeze_all(t, reason)
@@ -185,6 +187,8 @@ class Labels:
 
     def why(self, tensor) -> str:
         """Why a tensor has no labels in the dimension in question."""
+        if id(tensor) in self.foreign:
+            return "a weight that is no parameter of the model (a layer in a plain list is not registered)"
         other = (
             "a weight computed from all of them (standardised, orthogonal)"
             if self.get(tensor)

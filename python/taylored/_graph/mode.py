@@ -96,6 +96,7 @@ class LabelMode(Labels, TorchDispatchMode):
                 return value
             if id(value) not in self.meta:
                 self.meta[id(value)] = torch.empty_like(value, device="meta")
+                self.foreign.add(id(self.meta[id(value)]))
                 self.hold(value)
             return self.meta[id(value)]
         if isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
@@ -152,6 +153,15 @@ class LabelMode(Labels, TorchDispatchMode):
         return dimensions
 
 
+def looks_at_data(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, is that of asking a tensor of the meta device for what it holds."""
+    while error is not None:
+        if isinstance(error, (RuntimeError, NotImplementedError)) and "meta tensor" in str(error):
+            return True
+        error = error.__cause__
+    return False
+
+
 def _time(module, args) -> int:
     """The dimension of a recurrent layer's input along which it takes steps."""
     return args[0].ndim - 2 if module.batch_first else 0
@@ -182,6 +192,7 @@ def label_all(mode: LabelMode, stand_ins: dict[str, torch.Tensor]) -> dict[tuple
 def run_pass(model: nn.Module, stand_ins: dict[str, torch.Tensor], mode: LabelMode, training: bool, args, kwargs) -> Pass:
     """One forward pass under a label mode, with other tensors in the place of the model's own; freezes its outputs."""
     mode.stack.clear()
+    mode.training = training
     mode.owned = {id(t) for t in stand_ins.values()}
     mode.numbers = Numbers()
     rng = contextlib.nullcontext() if mode.values == "none" else torch.random.fork_rng(devices=[])

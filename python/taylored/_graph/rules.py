@@ -220,6 +220,17 @@ def renorm(labels: Labels, func, args, kwargs, out):
     labels.set(out, labels.freeze_all(x, f"renorm in {labels.where()!r} divides by a norm over them", dims=others))
 
 
+def loss(labels: Labels, func, args, kwargs, out):
+    """Two maps are compared: their channels go together. As a loss, in training mode, it may then be one of fewer channels;
+    otherwise it is a value like any other, and stays what it is."""
+    if labels.training and out.ndim == 0:
+        labels.broadcast(list(args[:2]), torch.broadcast_shapes(args[0].shape, args[1].shape))
+    elif out.ndim:
+        pointwise(labels, func, args, kwargs, out)
+    else:
+        opaque(labels, args, kwargs, out, f"{func.overloadpacket} in {labels.where()!r} adds up over the channels")
+
+
 def statistic(labels: Labels, func, args, kwargs, out):
     """A statistic of whole tensors, such as spectral norm's: nothing in them can go."""
     opaque(labels, args, kwargs, out, f"{func.overloadpacket} in {labels.where()!r} depends on all of them")
@@ -236,6 +247,9 @@ def convolution(labels: Labels, func, args, kwargs, out):
         labels.match(x_label, inputs, labels.why(x if x_label is None else weight))
         contracted = x_label
     else:
+        one_kernel = filters is None and weight.stride(0) == 0 and out.shape[1] == x.shape[1] == groups
+        if one_kernel:
+            filters = x_label  # expanded over as many channels as there are
         # A transposed convolution's weight is [in, out/groups, ...], any other's is [out, in/groups, ...].
         whole, shared, contracted = (inputs, filters, None) if transposed else (filters, inputs, None)
         if shared is not None:
@@ -252,9 +266,10 @@ def convolution(labels: Labels, func, args, kwargs, out):
             filters = whole
     if isinstance(bias, torch.Tensor):
         labels.match(filters, labels.channels(bias, 0), f"bias of {labels.where()!r}")
-    labels.applied(filters, out.shape[1], contracted, labels.why(weight))
+    labels.applied(True, filters, out.shape[1], contracted, labels.why(weight))
     labels.emit(out, 1, filters)
-    return [labels.channels(weight, 0), labels.channels(weight, 1)]
+    rows = labels.channels(weight, 0)
+    return [filters if rows is None and not transposed else rows, labels.channels(weight, 1)]
 
 
 def matmul(labels: Labels, func, args, kwargs, out):
@@ -266,7 +281,7 @@ def matmul(labels: Labels, func, args, kwargs, out):
     if x.ndim == 3:
         for t in (x, w):
             labels.freeze_all(t, f"{func.overloadpacket} in {labels.where()!r} is batched over labels", dims=(0,))
-    labels.applied(filters, w.shape[-1], x_label, labels.why(w))
+    labels.applied(False, filters, w.shape[-1], x_label, labels.why(w))
     labels.set(out, (*along_axis(rows, out.ndim, -2), *along_axis(filters, out.ndim, -1)))
     if added is not None:
         labels.set(out, labels.broadcast([added, out], out.shape))
@@ -322,6 +337,7 @@ RULES: dict[object, Rule] = {
     **_rules(layer_norm, "native_layer_norm"),
     **_rules(weight_norm, "_weight_norm_interface"),
     **_rules(renorm, "renorm"),
+    **_rules(loss, "mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "soft_margin_loss"),
     **_rules(statistic, "mv", "dot", "vdot", "linalg_householder_product"),
     **_rules(convolution, "convolution"),
     **_rules(matmul, "mm", "addmm", "bmm", "baddbmm"),

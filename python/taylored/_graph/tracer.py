@@ -23,6 +23,7 @@ class Application(NamedTuple):
     axis: int
     positions: int
     call: int
+    ndim: int = 0
 
 
 class Tracer(LabelMode):
@@ -41,6 +42,19 @@ class Tracer(LabelMode):
         self.applications: dict[str, list[Application]] = {}
         self.costs: list[tuple[int, list[Label]]] = []
 
+    def mark(self) -> tuple:
+        """How much has been noted, for `back_to`."""
+        calls = {name: len(calls) for name, calls in self.applications.items()}
+        lists = (self.edges, self.ties, self.frozen, self.filters, self.heads, self.costs)
+        return tuple(map(len, lists)), calls, self.pieces, set(self.seen)
+
+    def back_to(self, mark: tuple) -> None:
+        """Forget what was noted since, in a pass that did not come to its end."""
+        sizes, calls, self.pieces, self.seen = mark
+        for noted, size in zip((self.edges, self.ties, self.frozen, self.filters, self.heads, self.costs), sizes, strict=True):
+            del noted[size:]
+        self.applications = {name: self.applications[name][:count] for name, count in calls.items()}
+
     def fresh(self, size):
         self.total += size
         return torch.arange(self.total - size, self.total)
@@ -58,10 +72,25 @@ class Tracer(LabelMode):
     def counted(self, flops, dimensions):
         self.costs.append((flops, dimensions))
 
-    def applied(self, filters, outputs, contracted, unlabelled):
+    def applied(self, convolves, filters, outputs, contracted, unlabelled):
         module, args, call = self.stack[-1] if self.stack else (None, (), -1)
         is_convolution = isinstance(module, CONVOLUTIONS)
-        standard = isinstance(module, CONSUMERS) and args and isinstance(args[0], torch.Tensor)
+        is_layer = isinstance(module, CONSUMERS) and is_convolution == convolves
+        standard = is_layer and args and isinstance(args[0], torch.Tensor)
+        if is_layer and not standard:
+            why = f"{self.where()!r} is called by keyword: give it its input as the first argument"
+            for label in (contracted, filters):
+                if label is not None:
+                    self.freeze(label, why)
+            unlabelled = why
+            facts = Application(filters, outputs, why, None, is_convolution, 1 if is_convolution else -1, 1, call)
+            self.applications.setdefault(self.where(), []).append(facts)
+            return
+        if standard and is_convolution and args[0].ndim < module.weight.ndim:
+            for label in (contracted, filters):
+                if label is not None:
+                    self.freeze(label, f"the input of {self.where()!r} has no dimension for examples")
+            contracted = None
         if contracted is not None and not (standard and self._takes(args[0], 1 if is_convolution else -1, contracted)):
             self.freeze(contracted, f"multiplied by weights in {self.where()!r}, outside of a convolution or linear layer")
             contracted = None
@@ -74,7 +103,7 @@ class Tracer(LabelMode):
             (self.filters if pointwise_in_space else self.heads).append(filters)
         axis = 1 if is_convolution else -1
         positions = args[0].numel() // max(1, args[0].shape[0] * args[0].shape[axis])
-        application = Application(filters, outputs, unlabelled, contracted, is_convolution, axis, positions, call)
+        application = Application(filters, outputs, unlabelled, contracted, is_convolution, axis, positions, call, args[0].ndim)
         self.applications.setdefault(self.where(), []).append(application)
 
     def _takes(self, x, axis, label) -> bool:

@@ -11,14 +11,18 @@ import torch
 from torch import nn
 
 from taylored._errors import TraceError
-from taylored._graph.bundles import with_bundles
+from taylored._graph.bundles import needless_ties, with_bundles
 from taylored._graph.components import Traced, graph_of
-from taylored._graph.mode import VALUES, label_all, run_pass, stand_in
+from taylored._graph.mode import VALUES, label_all, looks_at_data, run_pass, stand_in
 from taylored._graph.rehearsal import ModelRehearser, Rehearsal
 from taylored._graph.tracer import Tracer
 from taylored._graph.values import ChannelGraph
 from taylored._modules import Inputs, as_arguments, check_module, named_tensors, two_examples
 from taylored._torch_compat import OpOverload
+
+
+class LooksAtData(Exception):
+    """With fewer channels the model looks at its data, of which there is none."""
 
 
 def trace(model: nn.Module, example_inputs: Inputs, *, fully_connected: bool = False) -> ChannelGraph:
@@ -38,19 +42,44 @@ def trace(model: nn.Module, example_inputs: Inputs, *, fully_connected: bool = F
     model = check_module(model, "trace(model, example_inputs)")
     _refuse(model)
     args, kwargs = as_arguments(example_inputs)
+    levels = VALUES
     with torch.inference_mode(False):  # in inference mode operators arrive whole, convolutions and linear layers unseen
-        traced, problems = _run(model, args, kwargs, fully_connected)
-        for problem in problems:
-            warnings.warn(problem, stacklevel=2)
-        search = True
         while True:
-            graph = dataclasses.replace(graph_of(traced), rehearser=ModelRehearser(model))
-            bundled = with_bundles(traced, graph) if search else None
-            graph, search = bundled or graph, bundled is not None
-            if not (found := _hard_coded(model, graph)):
-                return graph
-            for reason in set(found.values()):  # a component is one of its labels
-                traced.tracer.freeze(torch.tensor([c for c, why in found.items() if why == reason]), reason)
+            traced, problems = _run(model, args, kwargs, fully_connected, levels)
+            try:
+                graph = _graph_of(traced)
+                break
+            except LooksAtData:  # with fewer channels; as it is, it remembers what it saw
+                levels = levels[levels.index(traced.tracer.values) + 1 :]
+    for problem in problems:
+        warnings.warn(problem, stacklevel=2)
+    return graph
+
+
+# Modules that drop or add noise in training mode, and do nothing to channels.
+LIBRARIES_OF_LAYERS = ("torch.", "torchvision.ops", "timm.layers")
+
+
+def _trains_otherwise(model: nn.Module) -> bool:
+    """Whether a module's forward asks in which mode it is: what it does in training mode alone may tie channels, too."""
+    classes = {type(module) for module in model.modules()}
+    forwards = (getattr(cls.forward, "__code__", None) for cls in classes if not cls.__module__.startswith(LIBRARIES_OF_LAYERS))
+    return any(code is not None and "training" in code.co_names for code in forwards)
+
+
+def _graph_of(traced: Traced) -> ChannelGraph:
+    """The graph, when the model was seen to run without one unit of each group."""
+    model, search = traced.model, True
+    needless = needless_ties(traced, graph_of(traced))
+    while True:
+        graph = graph_of(traced) if needless is None else traced.untied(needless, bundled=False)
+        graph = dataclasses.replace(graph, rehearser=ModelRehearser(model))
+        bundled = with_bundles(traced, graph) if search and needless is None else None
+        graph, search = bundled or graph, bundled is not None
+        if not (found := _hard_coded(model, graph)):
+            return graph
+        for reason in set(found.values()):  # a component is one of its labels
+            traced.tracer.freeze(torch.tensor([c for c, why in found.items() if why == reason]), reason)
 
 
 def _refuse(model: nn.Module) -> None:
@@ -79,12 +108,12 @@ def _refuse(model: nn.Module) -> None:
             )
 
 
-def _run(model, args, kwargs, fully_connected) -> tuple[Traced, list[str]]:
+def _run(model, args, kwargs, fully_connected, levels) -> tuple[Traced, list[str]]:
     """What the model did, in a run that computes no more than it must, and what a user should know of it."""
     tensors = named_tensors(model)
     found: tuple[Traced, list[str], list[str]] | None = None
     failure: TraceError | None = None
-    for values in VALUES[:1] if any(t.is_meta for t in tensors.values()) else VALUES:
+    for values in levels[:1] if any(t.is_meta for t in tensors.values()) else levels:
         try:
             traced, unseen, problems = _run_with(values, model, tensors, args, kwargs, fully_connected)
         except TraceError as error:
@@ -112,11 +141,14 @@ def _run_with(values, model, tensors, args, kwargs, fully_connected):
     passes = [run_pass(model, stand_ins, tracer, False, args, kwargs)]
     costs, tracer.costs = tracer.costs, []
     unseen, problems = [name for name, _ in model.named_parameters() if id(stand_ins[name]) not in tracer.seen], []
-    if unseen:
+    if unseen or _trains_otherwise(model):
+        noted = tracer.mark()
         try:
             passes.append(run_pass(model, stand_ins, tracer, True, *two_examples(args, kwargs)))
         except TraceError as error:
-            problems.append(f"training mode could not be traced ({error})")
+            tracer.back_to(noted)
+            if unseen:  # otherwise a detector, which wants targets then
+                problems.append(f"training mode could not be traced ({error})")
         unseen = [name for name in unseen if id(stand_ins[name]) not in tracer.seen]
     return Traced(model, tensors, tracer, tuple(passes), offsets, costs), unseen, problems
 
@@ -134,6 +166,8 @@ def _hard_coded(model, graph: ChannelGraph) -> dict[int, str]:
             try:
                 mode.run(model, traced)
             except TraceError as error:
+                if traced.values != VALUES[-1] and looks_at_data(error) and not any(d.is_meta for d in model.parameters()):
+                    raise LooksAtData from error
                 return str(error), mode.blamed
         return None
 

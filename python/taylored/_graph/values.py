@@ -8,7 +8,7 @@ bundle of groups without these units?), it asks its `Rehearser`.
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -54,7 +54,7 @@ class Group(Value):
     def __len__(self) -> int:
         return self.units
 
-    def indices(self, values, what: str) -> torch.Tensor:
+    def indices(self, values: torch.Tensor | Iterable[int], what: str) -> torch.Tensor:
         """Unit indices as sorted int64 [n] on the CPU, each once. values: integers, a tensor of them or a sequence. Raises
         PlanError, calling them `what`, for anything else: a mask, counts, fractions, what lies outside."""
         found = torch.as_tensor(values).detach().cpu()
@@ -109,7 +109,7 @@ class Layer(Value):
     input's channels, None where it does not contract over units (depthwise and grouped convolutions, the model's input).
 
     unlabelled: why filters without a component cannot be removed; axis: the channel dimension of its input; positions:
-    input elements per example and channel; calls: how often one forward pass runs it."""
+    input elements per example and channel; calls: how often one forward pass runs it; ndim: dimensions of its input."""
 
     name: str
     filters: np.ndarray
@@ -120,6 +120,7 @@ class Layer(Value):
     axis: int
     positions: int
     calls: int
+    ndim: int = 0
 
     @property
     def width(self) -> int:
