@@ -32,6 +32,7 @@ LINE = [
     "_graph.moves",
     "_graph.rules",
     "_graph.mode",
+    "_graph.rows",
     "_graph.tracer",
     "_graph.components",
     "_graph.rehearsal",

@@ -126,7 +126,7 @@ def _prove(model, plan, inputs, graph, parallel) -> None:
     except Exception as error:
         failure = error
     if parallel is not None:
-        verdicts = [None] * dist.get_world_size(parallel.process_group)
+        verdicts: list[str | None] = [None] * dist.get_world_size(parallel.process_group)
         dist.all_gather_object(
             verdicts, None if failure is None else f"{type(failure).__name__}: {failure}", parallel.process_group
         )

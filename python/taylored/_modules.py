@@ -8,6 +8,7 @@ import sys
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -208,16 +209,16 @@ def untouched(model: nn.Module) -> Iterator[None]:
             _put_back(owner, content)
 
 
+CONTAINERS: tuple[Any, ...] = (dict, list, set, collections.deque)
 OWN_STATE = 10_000  # objects that are looked into: a model that holds more of them holds data
 
 
 def _reachable(model: nn.Module) -> list[object]:
     """The modules, their classes, and the mutable containers and objects that they hold."""
-    found, seen = list(model.modules()), set()
-    classes = {cls for m in found for cls in type(m).__mro__ if not cls.__module__.startswith(("torch.", "builtins"))}
-    waiting: list[object] = [*found, *classes]
-    seen = {id(x) for x in waiting}
-    found = list(waiting)
+    modules = list(model.modules())
+    classes = {cls for m in modules for cls in type(m).__mro__ if not cls.__module__.startswith(("torch.", "builtins"))}
+    found: list[object] = [*modules, *classes]
+    waiting, seen = list(found), {id(x) for x in found}
     while waiting and len(found) < OWN_STATE:
         for x in _values(_content(waiting.pop())):
             for y in x if isinstance(x, tuple) else (x,):
@@ -232,16 +233,19 @@ def _content(x):
     """What a mutable container or object holds, None for anything else. The containers' own methods are asked: a subclass may
     refuse, or do something else."""
     if isinstance(x, type):
-        return {k: v for k, v in vars(x).items() if not k.startswith("__") and not isinstance(v, (*PLAIN, *DESCRIPTORS))}
+        return {k: v for k, v in vars(x).items() if not k.startswith("__") and not isinstance(v, CODE)}
     if isinstance(x, nn.Module):
         return {key: value for key, value in vars(x).items() if key not in MODULE_ATTRIBUTES}
-    for kind in (dict, list, set, collections.deque):
+    for kind in CONTAINERS:
         if isinstance(x, kind):
             return (kind.copy(x), _attributes(x))
     return _attributes(x)
 
 
-DESCRIPTORS = (property, classmethod, staticmethod, types.MemberDescriptorType, types.GetSetDescriptorType)
+# What a class holds beside data.
+CODE = (
+    property, classmethod, staticmethod, types.FunctionType, types.MemberDescriptorType, types.GetSetDescriptorType, type
+)  # fmt: skip
 
 
 def _attributes(x):
@@ -258,6 +262,8 @@ def _values(content) -> list[object]:
 def _put_back(x, content) -> None:
     held, attributes = content if isinstance(content, tuple) else (None, content)
     if isinstance(x, type):
+        for key in (_content(x) or {}).keys() - content.keys():
+            delattr(x, key)
         for key, value in content.items():
             if vars(x).get(key) is not value:
                 setattr(x, key, value)
@@ -270,7 +276,7 @@ def _put_back(x, content) -> None:
     if attributes is not None and not _alike(vars(x), attributes):
         vars(x).clear()
         vars(x).update(attributes)
-    for kind in (dict, list, set, collections.deque):
+    for kind in CONTAINERS:
         if isinstance(x, kind) and held is not None and not _alike(kind.copy(x), held):
             kind.clear(x)
             (kind.update if kind in (dict, set) else kind.extend)(x, held)

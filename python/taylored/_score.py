@@ -36,6 +36,8 @@ class TaylorScorer:
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
         check_fit(graph, model)
+        if reduction != "batch":
+            _check_rows(graph)
         self.model = unwrapped(model)
         self._parallel = data_parallel(model)
         self.graph = graph
@@ -121,6 +123,7 @@ class TaylorScorer:
                 calls = self.graph.layers[name].calls
                 calls = calls if len(tensors) % calls == 0 else len(tensors)
                 for i, t in enumerate(tensors):
+                    t = self.graph.layers[name].by_example(t).sum(1)
                     passes.setdefault(i // calls, []).append(self._units(group, name, t, slots))
             for tensors in passes.values():
                 self._accumulate(group, tensors)
@@ -167,6 +170,17 @@ class TaylorScorer:
             if not s.isfinite().all():
                 raise FloatingPointError(f"the scores of {name!r} are not finite: the loss or its gradient was NaN or infinite")
         return scores
+
+
+def _check_rows(graph: ChannelGraph) -> None:
+    """Contributions of an example are added up over a unit's consumers: it must be known which rows are whose."""
+    for group in graph.groups:
+        unknown = [name for name in group.inputs if graph.layers[name].order == "unknown"]
+        if unknown and len(group.inputs) > 1:
+            raise ValueError(
+                f"{unknown[0]!r} sees other rows than one for each example, and whose they are is not known: what an example "
+                f"contributes cannot be added up over the consumers of {group.name!r}; use reduction='batch'"
+            )
 
 
 class _Gate:

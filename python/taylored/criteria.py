@@ -196,10 +196,10 @@ def _observe(model, graph, batches, visit) -> None:
                     statistics, elements = torch.zeros(()), 0
                     for name, slots in group.inputs.items():
                         for found, positions in caught.get(name, ()):
-                            # A consumer may see each example several times (frames folded into the batch): [3, N, times, C].
-                            found = found.reshape(3, examples, -1, found.shape[2])
-                            statistics = statistics + found.sum(2)[:, :, slots.to(found.device)].sum(3)
-                            elements += positions * found.shape[2] * slots.shape[1]
+                            # A consumer may see each example several times (frames folded into the batch).
+                            rows = graph.layers[name].by_example(found.movedim(0, 1), examples)  # [N, times, 3, C]
+                            statistics = statistics + rows.sum(1).movedim(1, 0)[:, :, slots.to(found.device)].sum(3)
+                            elements += positions * rows.shape[1] * slots.shape[1]
                     if elements:
                         visit(group.name, statistics, elements, targets)
     finally:

@@ -83,8 +83,9 @@ class Labels:
     planned = False  # whether the model runs as a plan leaves it: one group of channels may be what is left of several
 
     def __init__(self) -> None:
-        self._uniform: set[int] = set()  # ids of tensors with the same value, or fresh noise, in every channel
+        self._uniform: dict[int, list[bool]] = {}  # whether a tensor has the same value in every channel; one for all its views
         self.grouped: set[str] = set()  # grouped convolutions; they stay so when a plan leaves them one group
+        self._parts: set[int] = set()  # ids of views of a part of a tensor
         self.foreign: set[int] = set()  # ids of tensors with values of their own that are not the model's
         self._labels: dict[int, tuple[Label, ...]] = {}
         self._held: list[torch.Tensor] = []  # an id must not be reused while its labels are kept
@@ -137,15 +138,27 @@ class Labels:
 
     def is_uniform(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor has the same value, or fresh noise, in every channel."""
-        return id(tensor) in self._uniform
+        return self._uniform.get(id(tensor), (False,))[0]
 
     def set_uniform(self, tensor: torch.Tensor, uniform: bool = True) -> None:
         """Say that it has, or no longer."""
-        if uniform:
-            self._uniform.add(id(tensor))
+        if uniform and not self.is_uniform(tensor):
+            self._uniform[id(tensor)] = [True]
             self._held.append(tensor)
-        else:
-            self._uniform.discard(id(tensor))
+        elif not uniform and id(tensor) in self._uniform:
+            self._uniform[id(tensor)][0] = False  # for all that see the same memory
+
+    def share_uniform(self, view: torch.Tensor, x: torch.Tensor, part: bool = False) -> None:
+        """A view of x, or of a part, is the same everywhere as long as x is."""
+        if self.is_uniform(x):
+            self._uniform[id(view)] = self._uniform[id(x)]
+            self._held.append(view)
+            if part or self.is_part(x):
+                self._parts.add(id(view))
+
+    def is_part(self, tensor: torch.Tensor) -> bool:
+        """Whether what is written into a tensor makes others differ from place to place, which see more of the same memory."""
+        return id(tensor) in self._parts
 
     def note_slice(self, out: torch.Tensor, x: torch.Tensor, dim: int) -> None:
         """A fresh tensor, or a slice of one, was cut along a dimension: what is written into the slice is written into it."""

@@ -146,8 +146,8 @@ class LabelMode(Labels, TorchDispatchMode):
             opaque(self, args, kwargs, out, f'{name} in {self.where()!r} has no rule: taylored.trace_rule("{name}") can add one')
         if writes(func) and args and isinstance(args[0], torch.Tensor) and self.is_uniform(args[0]):
             others = tensors_of(args[1:], kwargs)
-            alike = rule is uniform or rule is noise or all(t.numel() == 1 or self.is_uniform(t) for t in others)
-            self.set_uniform(args[0], alike and (rule in (uniform, noise) or is_elementwise(func)))
+            alike = is_elementwise(func) and all(t.numel() == 1 or self.is_uniform(t) for t in others)
+            self.set_uniform(args[0], not self.is_part(args[0]) and (rule in (uniform, noise) or alike))
         if self._lost:
             self.pass_on_losses(tensors_of(args, kwargs), out)
         return dimensions

@@ -55,7 +55,7 @@ def movement(labels: Labels, func, args, kwargs, out):
     A dimension cut in two keeps its meaning with fewer channels if every piece loses as many; channels that pixel_shuffle
     spreads out in space, if they go with all others of their output channel."""
     x = args[0]
-    labels.set_uniform(x, False)
+    labels.share_uniform(out, x)
     move = aten.reshape if func.overloadpacket in VIEWS else func
     result = []
     for label in labels.get(x):
@@ -81,7 +81,7 @@ def part(labels: Labels, func, args, kwargs, out):
     dim = (args[1] if len(args) > 1 else 0) % x.ndim
     if func.overloadpacket is aten.slice:
         labels.note_slice(out, x, dim)
-    labels.set_uniform(x, False)
+    labels.share_uniform(out, x, part=out.numel() < x.numel())
     if func.overloadpacket is aten.slice and out.shape == x.shape:
         labels.set(out, labels.get(x))
         return
@@ -129,7 +129,8 @@ def written(labels: Labels, func, args, kwargs, out):
 def split(labels: Labels, func, args, kwargs, out):
     """Pieces of equal size must lose as many channels each; unequal pieces cannot change."""
     x, unbound = args[0], func.overloadpacket is aten.unbind
-    labels.set_uniform(x, False)
+    for piece in out:
+        labels.share_uniform(piece, x, part=True)
     position = 1 if unbound else 2
     dim = (args[position] if len(args) > position else kwargs.get("dim", 0)) % x.ndim
     result = labels.get(x)

@@ -33,7 +33,8 @@ def pointwise(labels: Labels, func, args, kwargs, out):
             labels.freeze_all(t, f"{func.overloadpacket} in {labels.where()!r} looks at all of them")
         return
     before = labels.get(out)
-    if not before and out is args[0] and not labels.is_uniform(out) and out.numel() > 1:
+    shared = not labels.is_uniform(out) or labels.is_part(out)
+    if not before and out is args[0] and shared and out.numel() > 1:
         labels.write_slice(out, operands[1:], f"written into a buffer in {labels.where()!r}")
         return
     result = labels.broadcast(operands, out.shape)
@@ -76,7 +77,7 @@ def in_space(labels: Labels, func, args, kwargs, out):
         labels.set(tensor, result)
 
 
-def _space(func) -> int:
+def _space(func):
     return int(re.search(r"([123])d", operator_name(func))[1])
 
 
@@ -146,7 +147,6 @@ def dims_of(func, args, kwargs) -> list[int]:
 def along(labels: Labels, func, args, kwargs, out):
     """Adds up, sorts or picks along its dimensions; the others go on. What is taken over channels would change with them."""
     x, dims = args[0], dims_of(func, args, kwargs)
-    labels.set_uniform(x, False)
     result = list(labels.require_all(x, f"{func.overloadpacket} in {labels.where()!r} works over the channels", dims))
     for d in dims:
         result = [label.narrow(d, 0, 1) for label in result]

@@ -13,7 +13,8 @@ from taylored._modules import CONSUMERS, CONVOLUTIONS
 class Application(NamedTuple):
     """One call of a convolution, linear or recurrent layer. filters: the labels of its output channels, None for the reason
     `unlabelled`; outputs: how many they are; contracted: the labels of its input's channels, None where it mixes no units; axis:
-    their dimension; positions: elements of its input per example and channel; call: its number."""
+    their dimension; positions: elements of its input per example and channel; call: its number; ndim, rows: dimensions and length
+    of its input."""
 
     filters: Label | None
     outputs: int
@@ -24,6 +25,7 @@ class Application(NamedTuple):
     positions: int
     call: int
     ndim: int = 0
+    rows: int = 0
 
 
 class Tracer(LabelMode):
@@ -42,16 +44,18 @@ class Tracer(LabelMode):
         self.applications: dict[str, list[Application]] = {}
         self.costs: list[tuple[int, list[Label]]] = []
 
+    def _lists(self) -> tuple[list, ...]:
+        return self.edges, self.ties, self.frozen, self.filters, self.heads, self.costs
+
     def mark(self) -> tuple:
         """How much has been noted, for `back_to`."""
         calls = {name: len(calls) for name, calls in self.applications.items()}
-        lists = (self.edges, self.ties, self.frozen, self.filters, self.heads, self.costs)
-        return tuple(map(len, lists)), calls, self.pieces, set(self.seen)
+        return tuple(map(len, self._lists())), calls, self.pieces, set(self.seen)
 
     def back_to(self, mark: tuple) -> None:
         """Forget what was noted since, in a pass that did not come to its end."""
         sizes, calls, self.pieces, self.seen = mark
-        for noted, size in zip((self.edges, self.ties, self.frozen, self.filters, self.heads, self.costs), sizes, strict=True):
+        for noted, size in zip(self._lists(), sizes, strict=True):
             del noted[size:]
         self.applications = {name: self.applications[name][:count] for name, count in calls.items()}
 
@@ -103,7 +107,9 @@ class Tracer(LabelMode):
             (self.filters if pointwise_in_space else self.heads).append(filters)
         axis = 1 if is_convolution else -1
         positions = args[0].numel() // max(1, args[0].shape[0] * args[0].shape[axis])
-        application = Application(filters, outputs, unlabelled, contracted, is_convolution, axis, positions, call, args[0].ndim)
+        application = Application(
+            filters, outputs, unlabelled, contracted, is_convolution, axis, positions, call, args[0].ndim, len(args[0])
+        )
         self.applications.setdefault(self.where(), []).append(application)
 
     def _takes(self, x, axis, label) -> bool:

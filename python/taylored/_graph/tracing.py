@@ -15,9 +15,10 @@ from taylored._graph.bundles import needless_ties, with_bundles
 from taylored._graph.components import Traced, graph_of
 from taylored._graph.mode import VALUES, label_all, looks_at_data, run_pass, stand_in
 from taylored._graph.rehearsal import ModelRehearser, Rehearsal
+from taylored._graph.rows import row_orders
 from taylored._graph.tracer import Tracer
 from taylored._graph.values import ChannelGraph
-from taylored._modules import Inputs, as_arguments, check_module, named_tensors, two_examples
+from taylored._modules import Inputs, as_arguments, check_module, count_examples, named_tensors, two_examples
 from taylored._torch_compat import OpOverload
 
 
@@ -42,7 +43,7 @@ def trace(model: nn.Module, example_inputs: Inputs, *, fully_connected: bool = F
     model = check_module(model, "trace(model, example_inputs)")
     _refuse(model)
     args, kwargs = as_arguments(example_inputs)
-    levels = VALUES
+    levels: tuple[str, ...] = VALUES
     with torch.inference_mode(False):  # in inference mode operators arrive whole, convolutions and linear layers unseen
         while True:
             traced, problems = _run(model, args, kwargs, fully_connected, levels)
@@ -67,6 +68,28 @@ def _trains_otherwise(model: nn.Module) -> bool:
     return any(code is not None and "training" in code.co_names for code in forwards)
 
 
+def _with_rows(graph: ChannelGraph, traced: Traced) -> ChannelGraph:
+    """The graph that knows whose rows its consumers see, where there are others than one for each example."""
+    evaluation = graph.passes[0]
+    consumers = [name for group in graph.groups for name in group.inputs]
+    try:
+        examples = count_examples((evaluation.args, evaluation.kwargs))
+    except StopIteration:
+        return graph
+    folded = [n for n in consumers if traced.tracer.applications[n][0].rows != examples]
+    if not folded:
+        return graph
+    orders = dict.fromkeys(folded, (0, "unknown"))
+    if evaluation.values == "none":
+        stand_ins = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in traced.tensors.items()}
+        orders = row_orders(traced.model, stand_ins, evaluation, consumers)
+    layers = {
+        name: dataclasses.replace(layer, rows=orders[name][0], order=orders[name][1]) if name in orders else layer
+        for name, layer in graph.layers.items()
+    }
+    return dataclasses.replace(graph, layers=layers)
+
+
 def _graph_of(traced: Traced) -> ChannelGraph:
     """The graph, when the model was seen to run without one unit of each group."""
     model, search = traced.model, True
@@ -77,7 +100,7 @@ def _graph_of(traced: Traced) -> ChannelGraph:
         bundled = with_bundles(traced, graph) if search and needless is None else None
         graph, search = bundled or graph, bundled is not None
         if not (found := _hard_coded(model, graph)):
-            return graph
+            return _with_rows(graph, traced)
         for reason in set(found.values()):  # a component is one of its labels
             traced.tracer.freeze(torch.tensor([c for c, why in found.items() if why == reason]), reason)
 

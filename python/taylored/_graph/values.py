@@ -109,7 +109,8 @@ class Layer(Value):
     input's channels, None where it does not contract over units (depthwise and grouped convolutions, the model's input).
 
     unlabelled: why filters without a component cannot be removed; axis: the channel dimension of its input; positions:
-    input elements per example and channel; calls: how often one forward pass runs it; ndim: dimensions of its input."""
+    input elements per example and channel; calls: how often one forward pass runs it; ndim: dimensions of its input;
+    rows: how many rows of its input belong to one example, and their order: "by example", "by batch" or "unknown"."""
 
     name: str
     filters: np.ndarray
@@ -121,6 +122,17 @@ class Layer(Value):
     positions: int
     calls: int
     ndim: int = 0
+    rows: int = 1
+    order: str = "by example"
+
+    def by_example(self, x: torch.Tensor, examples: int | None = None) -> torch.Tensor:
+        """What belongs to each row of its input, [rows, ...], sorted by examples: [examples, rows of each, ...]. examples: how
+        many there are, where that is known."""
+        if examples is None:
+            examples = len(x) // self.rows if self.rows and len(x) % self.rows == 0 else len(x)
+        if self.order == "by batch":
+            return x.reshape(-1, examples, *x.shape[1:]).transpose(0, 1)
+        return x.reshape(examples, -1, *x.shape[1:])
 
     @property
     def width(self) -> int:
