@@ -18,7 +18,7 @@ from taylored._graph.rehearsal import ModelRehearser, Rehearsal
 from taylored._graph.rows import row_orders
 from taylored._graph.tracer import Tracer
 from taylored._graph.values import ChannelGraph
-from taylored._modules import Inputs, as_arguments, check_module, count_examples, named_tensors, two_examples
+from taylored._modules import Inputs, as_arguments, check_module, named_tensors, two_examples
 from taylored._torch_compat import OpOverload
 
 
@@ -69,17 +69,13 @@ def _trains_otherwise(model: nn.Module) -> bool:
 
 
 def _with_rows(graph: ChannelGraph, traced: Traced) -> ChannelGraph:
-    """The graph that knows whose rows its consumers see, where there are others than one for each example."""
-    evaluation = graph.passes[0]
+    """The graph that knows whose rows its consumers see, where those of a group see others."""
+    evaluation, calls = graph.passes[0], traced.tracer.applications
+    mixed = [group for group in graph.groups if len({calls[name][0].rows for name in group.inputs}) > 1]
+    if not mixed:
+        return graph
     consumers = [name for group in graph.groups for name in group.inputs]
-    try:
-        examples = count_examples((evaluation.args, evaluation.kwargs))
-    except StopIteration:
-        return graph
-    folded = [n for n in consumers if traced.tracer.applications[n][0].rows != examples]
-    if not folded:
-        return graph
-    orders = dict.fromkeys(folded, (0, "unknown"))
+    orders = dict.fromkeys((name for group in mixed for name in group.inputs), (0, "unknown"))
     if evaluation.values == "none":
         stand_ins = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in traced.tensors.items()}
         orders = row_orders(traced.model, stand_ins, evaluation, consumers)
