@@ -248,8 +248,12 @@ CODE = (
 )  # fmt: skip
 
 
+# Their objects hold no state of a model's: locks, events, loggers, which other threads change meanwhile.
+FOREIGN = {"torch", "numpy", *sys.stdlib_module_names} - {"collections", "types", "__main__"}
+
+
 def _attributes(x):
-    return dict(vars(x)) if hasattr(x, "__dict__") and type(x).__module__.partition(".")[0] not in ("torch", "numpy") else None
+    return dict(vars(x)) if hasattr(x, "__dict__") and type(x).__module__.partition(".")[0] not in FOREIGN else None
 
 
 def _values(content) -> list[object]:
