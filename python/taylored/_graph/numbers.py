@@ -16,13 +16,14 @@ from taylored._torch_compat import tree_map_only, writes
 
 MOST = 100_000  # elements of a tensor whose values are followed
 FACTORIES = frozenset(
-    packets("empty", "zeros", "ones", "full", "new_empty", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like")
-    + packets("full_like", "empty_like", "empty_strided", "new_empty_strided", "arange", "linspace", "logspace", "eye")
+    packets("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like")
+    + packets("full_like", "arange", "linspace", "logspace", "eye")
     + packets("scalar_tensor", "tril_indices", "triu_indices", "hann_window", "range")
 )
 # Arguments of these are sizes and places.
 SIZES = FACTORIES.union(
     VIEWS,
+    packets("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"),
     packets("expand", "as_strided", "repeat", "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk"),
     packets("slice", "narrow", "select", "convolution", "native_group_norm", "native_layer_norm", "constant_pad_nd", "unfold"),
     packets("permute", "transpose", "squeeze", "unsqueeze", "cat", "stack", "native_batch_norm", "rand", "randn"),

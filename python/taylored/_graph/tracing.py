@@ -5,6 +5,9 @@ the end is one unit. Comes in: a module and example inputs. Goes out: a `Channel
 """
 
 import dataclasses
+import dis
+import itertools
+import types
 import warnings
 
 import torch
@@ -65,7 +68,16 @@ def _trains_otherwise(model: nn.Module) -> bool:
     """Whether a module's forward asks in which mode it is: what it does in training mode alone may tie channels, too."""
     classes = {type(module) for module in model.modules()}
     forwards = (getattr(cls.forward, "__code__", None) for cls in classes if not cls.__module__.startswith(LIBRARIES_OF_LAYERS))
-    return any(code is not None and "training" in code.co_names for code in forwards)
+    return any(code is not None and "training" in code.co_names and _branches_on_training(code) for code in forwards)
+
+
+def _branches_on_training(code: types.CodeType) -> bool:
+    """Whether code decides by an attribute `training`, and does not hand it on alone, as to dropout."""
+    steps = list(dis.get_instructions(code))
+    return any(
+        step.argval == "training" and ("JUMP" in after.opname or after.opname in ("TO_BOOL", "UNARY_NOT", "COPY"))
+        for step, after in itertools.pairwise(steps)
+    )
 
 
 def _with_rows(graph: ChannelGraph, traced: Traced) -> ChannelGraph:
@@ -89,7 +101,7 @@ def _with_rows(graph: ChannelGraph, traced: Traced) -> ChannelGraph:
 def _graph_of(traced: Traced) -> ChannelGraph:
     """The graph, when the model was seen to run without one unit of each group."""
     model, search = traced.model, True
-    needless = needless_ties(traced, graph_of(traced))
+    needless = needless_ties(traced, graph_of(traced)) if traced.ties.size else None
     while True:
         graph = graph_of(traced) if needless is None else traced.untied(needless, bundled=False)
         graph = dataclasses.replace(graph, rehearser=ModelRehearser(model))
@@ -179,7 +191,7 @@ def _hard_coded(model, graph: ChannelGraph) -> dict[int, str]:
     def without(parts, labelled):
         """None, or what goes wrong when the parts (group name -> units) are gone, and who is to blame."""
         removed = {name: torch.arange(count) for part in parts for name, count in part.items()}
-        costs = [cost.value for cost in graph.after(removed).flop_costs]
+        costs = graph.flops_without(removed)
         for traced in graph.passes:
             mode = Rehearsal(model, graph, removed, labelled, costs)
             try:

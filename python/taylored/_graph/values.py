@@ -377,23 +377,37 @@ class ChannelGraph(Value):
                 raise ValueError(f"of the {units} units of {name!r} {units - count} stay where its bundle is {widths} wide")
         return tuple(widths)
 
+    def flops_without(self, removed: dict[str, torch.Tensor]) -> list[int]:
+        """What each of `flop_costs` is without the given units (group name -> unit indices)."""
+        if self.bundled & removed.keys():
+            return [cost.value for cost in self.after(removed).flop_costs]
+        gone = self._gone(removed)
+        dimensions = {id(d): d for cost in self.flop_costs for d in cost.dimensions}
+        left = {key: len(d) - int(gone[d].sum()) for key, d in dimensions.items()}
+        return [cost.coefficient * math.prod(left[id(d)] for d in cost.dimensions) for cost in self.flop_costs]
+
+    def _gone(self, removed) -> np.ndarray:
+        """Which components the given units are, by number; the last one, FIXED, is none."""
+        gone = np.zeros(2 + max((int(c.max(initial=0)) for c in self.components.values()), default=0), dtype=bool)
+        for name, units in removed.items():
+            (tensor, d), slots = next(iter(self.group(name).slots.items()))
+            gone[self.components[tensor, d][slots[units].flatten().numpy()]] = True
+        return gone
+
     def after(self, removed: dict[str, torch.Tensor]) -> "ChannelGraph":
         """The graph of the model once the given units (group name -> unit indices) are gone. Raises ValueError if those of a
         bundle do not go together."""
         if (narrow := self.at_widths(self._widths(removed))) is not self:
             bundled = self.bundled
             return narrow.after({name: units for name, units in removed.items() if name not in bundled})
-        gone = np.zeros(1 + max((int(c.max(initial=0)) for c in self.components.values()), default=0), dtype=bool)
+        gone = self._gone(removed)
         keeps = {g.name: complement(removed.get(g.name, ()), g.units) for g in self.groups}
-        for g in self.groups:
-            (name, d), slots = next(iter(g.slots.items()))
-            gone[self.components[name, d][slots[complement(keeps[g.name], g.units)].flatten().numpy()]] = True
 
         def left(dimension):
-            return None if dimension is None else dimension[(dimension == FIXED) | ~gone[dimension]]
+            return None if dimension is None else dimension[~gone[dimension]]
 
         def renumber(slots, dimension, keep):
-            position = np.cumsum((dimension == FIXED) | ~gone[dimension]) - 1
+            position = np.cumsum(~gone[dimension]) - 1
             return torch.from_numpy(position[slots[keep].numpy()])
 
         shared = {id(d): left(d) for cost in self.flop_costs for d in cost.dimensions}
