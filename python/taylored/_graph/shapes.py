@@ -28,7 +28,7 @@ ELEMENTWISE = frozenset(
     packets(
         "hardswish", "copy_", "prelu", "_prelu_kernel", "rrelu_with_noise", "glu_jvp", "where", "log_sigmoid_forward",
         "celu_", "elu_", "hardsigmoid_", "hardtanh_", "leaky_relu", "leaky_relu_", "selu_",
-        "hardswish_", "mish_", "relu6_", "rrelu_with_noise_", "threshold_", "gelu_",
+        "hardswish_", "mish_", "relu6_", "fill_", "zero_", "rrelu_with_noise_", "threshold_", "gelu_",
     )
 )  # fmt: skip
 
