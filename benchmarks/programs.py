@@ -1,10 +1,10 @@
 """Random programs, cut at random: how many are cut exactly, how many keep their channels for a reason, and how many are wrong.
 
 A program is two convolutions with one to three steps between them, drawn from `STEPS`: what forward passes do to channels,
-rightly or in ways that do not survive a cut. Each is traced, a random half of every group is removed, and the compacted model is compared
-with the masked one in float64, in eval mode. Wrong must be 0.
+rightly or in ways that do not survive a cut. Each is traced, a random half of every group is removed, and the compacted model is
+compared with the masked one in float64, in eval mode. Wrong must be 0.
 
-    OMP_NUM_THREADS=1 python benchmarks/programs.py [--count 600] [--seed 0]
+    OMP_NUM_THREADS=1 python benchmarks/programs.py [--count 700] [--seed 0] [--list]
 """
 
 import argparse
@@ -180,7 +180,7 @@ def judge(steps, seed) -> tuple[str, str]:
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--count", type=int, default=600)
+    parser.add_argument("--count", type=int, default=700)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--list", action="store_true", help="print every program")
     options = parser.parse_args()
