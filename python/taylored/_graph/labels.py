@@ -85,6 +85,7 @@ class Labels:
     def __init__(self) -> None:
         self._uniform: dict[int, list[bool]] = {}  # whether a tensor has the same value in every channel; one for all its views
         self.grouped: set[str] = set()  # grouped convolutions; they stay so when a plan leaves them one group
+        self.places_matter = False  # whether anything was seen whose labels tell more than shapes do: slices, splits, constants
         self._parts: set[int] = set()  # ids of views of a part of a tensor
         self.foreign: set[int] = set()  # ids of tensors with values of their own that are not the model's
         self._labels: dict[int, tuple[Label, ...]] = {}
@@ -143,6 +144,7 @@ class Labels:
     def set_uniform(self, tensor: torch.Tensor, uniform: bool = True) -> None:
         """Say that it has, or no longer."""
         if uniform and not self.is_uniform(tensor):
+            self.places_matter |= tensor.numel() > 1
             self._uniform[id(tensor)] = [True]
             self._held.append(tensor)
         elif not uniform and id(tensor) in self._uniform:
@@ -162,6 +164,7 @@ class Labels:
 
     def note_slice(self, out: torch.Tensor, x: torch.Tensor, dim: int) -> None:
         """A fresh tensor, or a slice of one, was cut along a dimension: what is written into the slice is written into it."""
+        self.places_matter = True
         base, cut = self._slices.get(id(x), (x if self.is_uniform(x) else None, frozenset()))
         if base is not None:
             self._slices[id(out)] = base, cut | {dim}

@@ -17,7 +17,7 @@ from taylored._graph.labels import Labels, along_axis, tensors_of
 from taylored._graph.moves import opaque
 from taylored._graph.numbers import Numbers
 from taylored._graph.rules import noise, rule_of, uniform
-from taylored._graph.shapes import BIAS_ONLY, SHAPES, is_elementwise, sparing
+from taylored._graph.shapes import BIAS_ONLY, SHAPES, is_elementwise, packets, sparing
 from taylored._graph.values import Pass
 from taylored._modules import CONSUMERS, holders, in_mode, tensors_in, untouched, user_line
 from taylored._torch_compat import (
@@ -34,6 +34,13 @@ from taylored._torch_compat import (
 # at its data); everything.
 VALUES = ("none", "some", "all")
 INSTEAD = {"none": SHAPES, "some": BIAS_ONLY, "all": {}}
+
+# What takes channels by their places.
+PLACES = frozenset(
+    packets("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "unbind", "index", "index_put", "index_put_")
+    + packets("gather", "index_select", "select", "flip", "roll", "sort", "native_channel_shuffle", "channel_shuffle", "repeat")
+    + packets("pixel_shuffle", "pixel_unshuffle", "im2col", "col2im", "constant_pad_nd", "as_strided", "bmm", "baddbmm")
+)
 
 _running = contextvars.ContextVar("taylored_labels_running", default=False)
 
@@ -97,6 +104,7 @@ class LabelMode(Labels, TorchDispatchMode):
             if id(value) not in self.meta:
                 self.meta[id(value)] = torch.empty_like(value, device="meta")
                 self.foreign.add(id(self.meta[id(value)]))
+                self.places_matter |= value.numel() > 1
                 self.hold(value)
             return self.meta[id(value)]
         if isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
@@ -139,6 +147,7 @@ class LabelMode(Labels, TorchDispatchMode):
     def _carry(self, func, args, kwargs, out):
         """Give what an operator has made its labels."""
         dimensions = None
+        self.places_matter |= func.overloadpacket in PLACES
         if (rule := rule_of(func)) is not None:
             dimensions = rule(self, func, args, kwargs, out)
         else:
@@ -198,7 +207,9 @@ def run_pass(model: nn.Module, stand_ins: dict[str, torch.Tensor], mode: LabelMo
     rng = contextlib.nullcontext() if mode.values == "none" else torch.random.fork_rng(devices=[])
     try:
         if mode.values == "none":
+            known = mode.foreign.copy(), mode.places_matter
             args, kwargs = (tree_map_only(torch.Tensor, mode.to_meta, a) for a in (args, kwargs))
+            mode.foreign, mode.places_matter = known  # the inputs are no constants of the model
         with untouched(model), in_mode(model, training), _following(mode), torch.no_grad(), rng, eager(), mode:
             # not tied by torch, which loses the tensors of a module with several names
             everywhere = {place: stand_ins[name] for place, name in holders(model).items()}

@@ -107,7 +107,7 @@ def _graph_of(traced: Traced) -> ChannelGraph:
         graph = dataclasses.replace(graph, rehearser=ModelRehearser(model))
         bundled = with_bundles(traced, graph) if search and needless is None else None
         graph, search = bundled or graph, bundled is not None
-        if not (found := _hard_coded(model, graph)):
+        if not (found := _hard_coded(model, graph, traced.tracer.places_matter)):
             return _with_rows(graph, traced)
         for reason in set(found.values()):  # a component is one of its labels
             traced.tracer.freeze(torch.tensor([c for c, why in found.items() if why == reason]), reason)
@@ -184,9 +184,9 @@ def _run_with(values, model, tensors, args, kwargs, fully_connected):
     return Traced(model, tensors, tracer, tuple(passes), offsets, costs), unseen, problems
 
 
-def _hard_coded(model, graph: ChannelGraph) -> dict[int, str]:
+def _hard_coded(model, graph: ChannelGraph, places_matter: bool) -> dict[int, str]:
     """The components that the model does not run without as it should, and why: a forward that hard-codes their number, or
-    computes with it."""
+    computes with it. places_matter: labels can tell more than shapes do, of which half as much is to be computed."""
 
     def without(parts, labelled):
         """None, or what goes wrong when the parts (group name -> units) are gone, and who is to blame."""
@@ -221,6 +221,8 @@ def _hard_coded(model, graph: ChannelGraph) -> dict[int, str]:
     if graph.bundles:
         _, narrow = next(graph.narrower())
         parts.append({name: count for name, count in graph.lost_units(narrow).items() if count})
+    if not places_matter and (not parts + last or without(parts + last, labelled=False) is None):
+        return {}
     fault = without(parts, labelled=True) if parts else None
     if fault is None and last:
         parts, fault = parts + last, without(parts + last, labelled=False)
