@@ -99,7 +99,7 @@ def test_an_index_that_is_computed_from_channels_keeps_them():
     def table(y):
         return y * torch.arange(256.0).sin()[y.flatten(2).argmax(2)].mean(1)[:, None, None, None]
 
-    stays(table, "an index in '' is computed from them")
+    stays(table, "an index in the model's own forward is computed from them")
 
 
 @pytest.mark.parametrize(
@@ -582,3 +582,36 @@ def test_contributions_are_those_of_the_example_whose_rows_they_are(kind, reduct
 
     alone = torch.stack([scores(slice(n, n + 1)) for n in range(4)]).mean(0)
     torch.testing.assert_close(scores(slice(None)), alone, rtol=1e-4, atol=1e-8)
+
+
+def test_state_that_no_rule_cuts_is_said_to_stay():
+    class Keeps(torch.optim.SGD):
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                self.state[p]["of_all"] = torch.zeros(p.numel())
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    optimizer = Keeps(model.parameters(), lr=0.1)
+    optimizer.step()
+    with pytest.warns(UserWarning, match="'of_all' of '0.weight'.* is not cut"):
+        compact(model, random_plan(trace(model, X), 0.5), optimizer)
+
+
+def test_misuses_are_told_what_to_do():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(784, 2))
+    graph = trace(model, X)
+    plan, pairs = random_plan(graph, 0.5), [(X, torch.zeros(2, dtype=torch.int64))]
+    with pytest.raises(TypeError, match=r"diff\(model, plan\)"):
+        taylored.diff(model, graph)
+    with pytest.raises(TypeError, match=r"oracle\(model, graph, batches, loss_fn\)"):
+        taylored.oracle(model, graph, F.cross_entropy, pairs)
+    with pytest.raises(ValueError, match=r"a list of pairs is \[\(x, y\)\]"):
+        taylored.oracle(model, graph, [X], F.cross_entropy)
+    for options in ({"scores": {}}, {"scores": {g.name: torch.ones(g.units) for g in graph.groups}, "round_to": 16}):
+        with pytest.raises(PlanError, match="no group may lose a unit"):
+            make_plan(graph, target_flops=0.5, **options)
+    with taylored.TaylorScorer(model, graph), pytest.raises(RuntimeError, match="another TaylorScorer is active"):
+        taylored.TaylorScorer(model, graph).__enter__()
+    compact(model, plan)
+    with pytest.raises(PlanError, match="applied already"):
+        compact(model, plan)

@@ -96,7 +96,8 @@ def load_all(model: nn.Module, path: str | os.PathLike, accept=None) -> tuple[Pr
         first = header["aliases"].get(name, name)
         if first in plan.shapes and tuple(target[name].shape) != plan.shapes[first]:
             raise CheckpointError(
-                f"{path} was pruned from {name!r} of shape {plan.shapes[first]}, the model's is {tuple(target[name].shape)}"
+                f"{path} was pruned from {name!r} of shape {plan.shapes[first]}, the model's is {tuple(target[name].shape)}: "
+                "load takes the original, freshly built; a file of several rounds must have been saved with first.then(second)"
             )
         expected = plan.shape_after(first) if first in plan.shapes else tuple(target[name].shape)
         if tuple(tensor.shape) != expected:

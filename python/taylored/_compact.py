@@ -311,8 +311,10 @@ def _jobs(plan, tensors, what, cut) -> list[_Job]:
         tensor, expected = tensors[name], plan.shape_after(name) if cut else shape
         if tuple(tensor.shape) != expected:
             wants = "leaves" if cut else "expects"
+            applied = not cut and tuple(tensor.shape) == plan.shape_after(name)
+            advice = "it may have been applied already" if applied else "trace the model anew, as it is now"
             raise PlanError(
-                f"the plan does not fit {what}: {name!r} has shape {tuple(tensor.shape)}, the plan {wants} {expected}"
+                f"the plan does not fit {what}: {name!r} has shape {tuple(tensor.shape)}, the plan {wants} {expected}; {advice}"
             )
         jobs.append(_job(f"{what}: {name}", name, tensor, cuts[name]))
         if tensor.grad is not None:

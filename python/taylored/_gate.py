@@ -32,6 +32,11 @@ def set_recorder(key: int, recorder: Recorder | None) -> None:
         _recorders[key] = recorder
 
 
+def is_recorded(key: int) -> bool:
+    """Whether gates with this key hand on what they see."""
+    return key in _recorders
+
+
 @torch.library.custom_op("taylored::record", mutates_args=("token",))
 def _record(token: Tensor, x: Tensor, g: Tensor, key: int, task: int) -> None:
     # The token is never written: declaring it mutated keeps the call in compiled graphs, where it would look unused.

@@ -13,6 +13,7 @@ To add an optimizer whose state has another form, write a `StateRule` and enter 
 import dataclasses
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -88,6 +89,14 @@ def _per_parameter(plan, optimizer, names):
                 mine = {d: indices for d, indices in cuts[name].items() if value.shape[d] == p.shape[d]}
                 if fits and mine:
                     yield StateTensor(f"{key} of {name}", name, value, mine)
+                if fits:
+                    continue
+            if isinstance(value, torch.Tensor) and value.numel() > 1:
+                warnings.warn(
+                    f"{type(optimizer).__name__}: the state {key!r} of {name!r}, of shape {tuple(value.shape)}, is not cut: it "
+                    f"has not the parameter's shape {tuple(p.shape)}; its next step may fail",
+                    stacklevel=5,
+                )
 
 
 def _forget(optimizer: Optimizer) -> None:

@@ -208,6 +208,8 @@ def diff(model: nn.Module, plan: PrunePlan) -> str:
 
     model: as it was before the plan or as the plan leaves it. Raises PlanError if it is neither."""
     model = check_module(model, "diff(model, plan)")
+    if not isinstance(plan, PrunePlan):
+        raise TypeError(f"plan must be a PrunePlan, got {type(plan).__name__}: diff(model, plan)")
     there = named_shapes(model)
     before = {**there, **plan.shapes}
     after = {**there, **{name: plan.shape_after(name) for name in plan.shapes}}

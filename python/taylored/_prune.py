@@ -101,6 +101,8 @@ def prune(
             f"rounds must be >= 1, round_epochs > 0, final_epochs >= 0; got {rounds}, {round_epochs}, {final_epochs}"
         )
     _check_checkpoint(checkpoint, resume)
+    if evaluate is not None and not callable(evaluate):
+        raise TypeError(f"evaluate must be a function of the model, got {type(evaluate).__name__}")
     graph = trace(model, example_inputs)
     options: dict[str, Any] = {"normalize": normalize, "flops_weight": flops_weight, "round_to": round_to}
     options |= {"min_units": min_units, "max_ratio": max_ratio, "ignore": ignore}

@@ -64,6 +64,9 @@ class TaylorScorer:
     def __enter__(self) -> "TaylorScorer":
         if self._handles:
             raise RuntimeError("this TaylorScorer is already active")
+        active = [name for name in self._consumers if _gate.is_recorded(_gate.gate_key(self.model.get_submodule(name)))]
+        if active:
+            raise RuntimeError("another TaylorScorer is active on this model: leave it first")
         watch_hooks()
         for name in self._consumers:
             module = self.model.get_submodule(name)

@@ -107,6 +107,12 @@ class Labels:
         """What has one of these labels stays."""
         raise NotImplementedError
 
+    def extent(self) -> object:
+        """How much has been noted, for `freeze_forgotten`."""
+
+    def freeze_forgotten(self, args, kwargs, out, extent, reason: str) -> None:
+        """Freeze the labels of what went in that a rule has neither given to what came out, nor united, nor frozen since then."""
+
     def applied(self, convolves: bool, filters, outputs, contracted, unlabelled) -> None:
         """A convolution (or else a matrix product) makes `outputs` channels labelled `filters` ([outputs], or None for the reason
         `unlabelled`) and contracts over the labels `contracted` ([C] or None: it does not mix units)."""

@@ -363,12 +363,13 @@ def trace_rule(op: str, like: str | None = None) -> Callable:
             labels.match(label, labels.channels(args[1], 0), "scaled by constants")  # alone they stay, for that reason
             labels.emit(out, 1, label)
 
-    labels.freeze_all(tensor, reason) keeps all channels of a tensor. A rule is believed: test it by comparing the model
-    within `masked` with the compacted one. Raises ValueError if there is no such operator, or like has no rule.
+    labels.freeze_all(tensor, reason) keeps all channels of a tensor; labels that a rule neither gives to what comes out, nor
+    unites, nor freezes, stay, too. A rule is believed: prove it by `verify`. Raises ValueError if there is no such operator, or
+    like has no rule.
     """
     packet = _packet("op", op)
     if like is None:
-        return functools.partial(_learn, packet)
+        return lambda rule: _learn(packet, _watched(rule)) and rule
     source = _packet("like", like)
     rule = RULES.get(source)
     if rule is None and any(is_elementwise(getattr(source, o)) for o in source.overloads()):
@@ -378,7 +379,23 @@ def trace_rule(op: str, like: str | None = None) -> Callable:
     return _learn(packet, rule)
 
 
+def _watched(rule):
+    """A rule that cannot forget a label: what it does not speak of stays."""
+
+    @functools.wraps(rule)
+    def run(labels, func, args, kwargs, out):
+        extent = labels.extent()
+        dimensions = rule(labels, func, args, kwargs, out)
+        reason = f"the rule of {operator_name(func)} does not say what becomes of them in {labels.where()!r}"
+        labels.freeze_forgotten(args, kwargs, out, extent, reason)
+        return dimensions
+
+    return run
+
+
 def _packet(argument, name):
+    if not isinstance(name, str):
+        raise TypeError(f"{argument} must be an operator's name like 'mylib::scale', got {type(name).__name__}")
     namespace, _, op = name.partition("::")
     packet = getattr(getattr(torch.ops, namespace, None), op, None) if op else None
     if packet is None:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from taylored._graph.labels import Label
+from taylored._graph.labels import Label, tensors_of
 from taylored._graph.mode import LabelMode
 from taylored._modules import CONSUMERS, CONVOLUTIONS
 
@@ -59,6 +59,21 @@ class Tracer(LabelMode):
             del noted[size:]
         self.applications = {name: self.applications[name][:count] for name, count in calls.items()}
 
+    def extent(self):
+        return len(self.edges), len(self.ties), len(self.frozen)
+
+    def freeze_forgotten(self, args, kwargs, out, extent, reason):
+        edges, ties, frozen = extent
+        known = [label.reshape(-1) for t in tensors_of((out,), {}) for label in self.get(t)]
+        known += [side for pairs in (self.edges[edges:], self.ties[ties:]) for pair in pairs for side in pair]
+        known += [label for label, _ in self.frozen[frozen:]]
+        there = torch.cat([torch.empty(0, dtype=torch.int64), *known])
+        for t in tensors_of(args, kwargs):
+            for label in self.get(t):
+                forgotten = label.reshape(-1)[~torch.isin(label.reshape(-1), there)]
+                if forgotten.numel():
+                    self.freeze(forgotten, reason)
+
     def fresh(self, size):
         self.total += size
         return torch.arange(self.total - size, self.total)
@@ -71,7 +86,7 @@ class Tracer(LabelMode):
         self.pieces = max(self.pieces, rows.shape[1])
 
     def freeze(self, label, reason):
-        self.frozen.append((label.reshape(-1), reason))
+        self.frozen.append((label.reshape(-1), reason.replace(" in ''", " in the model's own forward")))
 
     def counted(self, flops, dimensions):
         self.costs.append((flops, dimensions))

@@ -60,8 +60,10 @@ def oracle(
         raise ValueError(f"mode must be 'abs' or 'loss', got {mode!r}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {list(PRECISIONS)}, got {precision!r}")
+    name = type(batches).__name__
+    if not isinstance(batches, Iterable) or not callable(loss_fn):
+        raise TypeError(f"batches is a {name}, loss_fn a {type(loss_fn).__name__}: oracle(model, graph, batches, loss_fn)")
     if iter(batches) is batches:
-        name = type(batches).__name__
         raise TypeError(f"batches is read several times, from the start: give a list or a loader, not a {name}")
     budget = parse_memory(memory)
     check_fit(graph, model)
@@ -74,6 +76,8 @@ def oracle(
         first = next(iter(batches), None)
         if first is None:
             raise ValueError("batches is empty: there is nothing to measure on")
+        if not isinstance(first, (tuple, list)) or len(first) != 2:
+            raise ValueError(f"batches must yield (inputs, targets), got {type(first).__name__}: a list of pairs is [(x, y)]")
         rank, world = _rank_and_world()
         mine = {name: indices[rank::world] for name, indices in chosen.items()}
         journal = Journal(checkpoint, rank, world, _fingerprint(model, chosen, precision, budget), mine, graph)
