@@ -158,8 +158,8 @@ def _fewest_strokes(graph, gone, price, name, budget) -> int:
     least = price(price.units - gone.after(gone.strokes))
     if not gone.strokes and limit < total:
         raise PlanError(
-            f"{name}: at most {limit} of {total} may remain, which cannot be met: no group may lose a unit. Groups without scores "
-            "are left alone; round_to, min_units, max_ratio and ignore keep the others as they are"
+            f"{name}: at most {limit} of {total} may remain, which cannot be met: no group may lose a unit. Groups without "
+            "scores are left alone; round_to, min_units, max_ratio and ignore keep the others as they are"
         )
     if least > limit:
         percentage = " (for a percentage, write a fraction: 0.5)" if 1 < budget <= 100 else ""
