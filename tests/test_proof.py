@@ -160,3 +160,32 @@ def test_prune_verifies_each_cut_on_few_examples(monkeypatch):
     assert seen == [12, 12]
     with masked(model, graph := trace(model, x), random_plan(graph, 0.0)):
         model(x)
+
+
+class Counts(nn.Module):
+    """Its output is as long as many values are above zero: chaotic in its shape."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        y = self.net(x)
+        return y[(y * 1e9).sin() > 0]
+
+
+def test_outputs_whose_shape_is_chaotic_are_said_to_be():
+    model, x = Counts(nets.small("chain")).eval(), nets.inputs(8)
+    found = verify(model, random_plan(trace(model, x), 0.5), x)
+    assert found.difference == 0 or "shapes" in found.unproven
+
+
+def test_a_model_that_cannot_be_copied_or_does_not_run_in_eval_mode_is_said_to_be():
+    model, x = nets.small("chain"), nets.inputs()
+    plan = random_plan(trace(model, x), 0.5)
+    model.lock = __import__("threading").Lock()
+    assert "cannot be copied" in verify(model, plan, x).unproven
+    del model.lock
+    assert "cannot be copied, or run" in verify(model, plan, x[:, :2]).unproven
+    with pytest.warns(UserWarning, match="could not be verified"):
+        compact(model, plan, verify=x[:, :2])
