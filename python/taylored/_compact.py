@@ -72,7 +72,7 @@ def compact(
     model: in its DistributedDataParallel wrapper every process calls this with the same plan (compared by digest), and wraps
     the model again afterwards, `model = DistributedDataParallel(model.module)`, for its buckets have the old sizes.
 
-    verify: real inputs, of which up to eight examples run through the masked model and a copy that is cut, in eval mode, before
+    verify: real inputs, of which up to four examples run through the masked model and a copy that is cut, in eval mode, before
     anything is cut: all outputs must be the same. graph: as traced, where the plan comes from a file. Raises VerificationError,
     naming the first layer at which they part; warns where outputs cannot be compared. In several processes all raise if one does.
 
@@ -105,7 +105,7 @@ def compact(
 def verify(model: nn.Module, plan: PrunePlan, inputs: Inputs, graph: ChannelGraph | None = None) -> Verification:
     """Prove on real inputs that cutting the model by a plan is zeroing the plan's units, and cut nothing.
 
-    inputs: as the model takes them, of which up to eight examples are used. graph: as traced, where the plan comes from a file or
+    inputs: as the model takes them, of which up to four examples are used. graph: as traced, where the plan comes from a file or
     a pickle. Returns how far outputs are apart, and in which precision; where they cannot be compared (a model that is random in
     eval mode), why. Raises VerificationError if they differ by more than rounding, PlanError without a graph."""
     model = check_module(model, "verify(model, plan, inputs)")

@@ -85,7 +85,7 @@ def prune(
     for `compact`. freeze_statistics: batch norm uses its running statistics while it trains and leaves them as they are,
     its weight and bias learn on: for fine-tuning on data too few to estimate statistics anew. checkpoint: a file, written
     atomically after every round and final epoch; resume: start from it if it is there, given the original model. verify:
-    prove every cut on up to eight examples of the round's last batch before it is made, as `compact(verify=)` does. wrap:
+    prove every cut on up to four examples of the round's last batch before it is made, as `compact(verify=)` does. wrap:
     what the model is trained in, `DistributedDataParallel` or `torch.compile`; called with the model at the start and after
     every cut. With DistributedDataParallel every process calls prune, with its own share of the data; scores are summed,
     the plans compared, and the first process writes the checkpoint. log is called with each entry of the history.
