@@ -45,7 +45,7 @@ sanitize: $(VENV)/test-tools
 	$(BIN)/python $(PYTEST) tests/test_simt.py tests/test_cuda_kernels.py
 
 bench: $(VENV)/installed
-	for name in contribution compact_op training_step trace cuda_kernels; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in contribution compact_op training_step trace programs cuda_kernels; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 # The site, in build/docs: any warning is an error.
 docs: $(VENV)/installed
