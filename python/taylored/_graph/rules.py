@@ -67,12 +67,18 @@ def metadata(labels: Labels, func, args, kwargs, out):
     """Nothing to carry."""
 
 
+def _beside(labels: Labels, func, x, dims) -> list[torch.Tensor]:
+    """The labels that go on where an operator works along dims, [.., 1 at dims, ..]; those along dims stay, or go all at once."""
+    found = labels.require_all(x, f"{func.overloadpacket} in {labels.where()!r} works over the channels", dims)
+    for d in dims:
+        found = tuple(label.narrow(d, 0, 1) for label in found)
+    return list(found)
+
+
 def in_space(labels: Labels, func, args, kwargs, out):
     """Pooling and interpolation work along the last dimensions, as many as their name says; all others go on."""
     x, dims = args[0], range(args[0].ndim - _space(func), args[0].ndim)
-    result = list(labels.require_all(x, f"{func.overloadpacket} in {labels.where()!r} works over the channels", dims))
-    for d in dims:
-        result = [label.narrow(d, 0, 1) for label in result]
+    result = _beside(labels, func, x, dims)
     for tensor in out if isinstance(out, (tuple, list)) else (out,):
         labels.set(tensor, result)
 
@@ -147,9 +153,7 @@ def dims_of(func, args, kwargs) -> list[int]:
 def along(labels: Labels, func, args, kwargs, out):
     """Adds up, sorts or picks along its dimensions; the others go on. What is taken over channels would change with them."""
     x, dims = args[0], dims_of(func, args, kwargs)
-    result = list(labels.require_all(x, f"{func.overloadpacket} in {labels.where()!r} works over the channels", dims))
-    for d in dims:
-        result = [label.narrow(d, 0, 1) for label in result]
+    result = _beside(labels, func, x, dims)
     for tensor in out if isinstance(out, (tuple, list)) else (out,):
         kept = result
         if tensor.ndim != x.ndim:
