@@ -164,7 +164,11 @@ def measure(source, name) -> dict:
     for layer in graph.layers.values():
         if layer.is_convolution:
             found = (graph.frozen.get(int(c), layer.unlabelled if c < 0 else None) for c in layer.filters)
-            reasons.update(re.sub(r"\S*/| in '.*?'| '.*?'|: taylored.*", "", r) for r in found if r is not None)
+            reasons.update(
+                re.sub(r" \(\S*:\d+\)|\S*/|,? in ('.*?'|the model's own forward)| '.*?'|: taylored.*", "", r)
+                for r in found
+                if r is not None
+            )
     row = {"units": graph.units, "filters": graph.filters, "prunable": int(graph.prunable_filters)}
     return row | {"seconds": statistics.median(times), "error": max(errors), "reasons": reasons.most_common(2)}
 

@@ -419,30 +419,6 @@ def test_merging_branches_through_data_is_refused_with_the_line():
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
-def test_reasons_name_what_is_wrong():
-    class Listed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.hidden, self.c = nn.Conv2d(3, 8, 3), [nn.Conv2d(8, 8, 3)], nn.Conv2d(8, 4, 1)
-
-        def forward(self, x):
-            return self.c(self.hidden[0](self.a(x)))
-
-    assert "plain list" in trace(Listed(), X).explain("a")
-    chain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
-    assert "no dimension for examples" in trace(chain, X[0]).explain("0")
-
-    class Named(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)
-
-        def forward(self, x):
-            return self.c(self.b(input=self.a(x)))
-
-    assert "called by keyword" in trace(Named(), X).explain("b")
-
-
 def test_what_was_made_of_a_model_is_refused_before_anything_is_touched():
     from torch.ao.quantization import get_default_qconfig_mapping
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx

@@ -4,6 +4,7 @@ import collections
 import collections.abc
 import contextlib
 import enum
+import itertools
 import sys
 import types
 from collections.abc import Iterator, Mapping
@@ -163,17 +164,22 @@ def holders(model: nn.Module) -> dict[str, str]:
 LIBRARIES = tuple(f"{Path(file).parent}/" for file in (torch.__file__, __file__))
 
 
-def user_line(traceback=None) -> str:
-    """'file.py:12': the innermost line of a traceback, or of the running stack, that is the model's own."""
+NO_LINE = "in the forward pass"
+
+
+def user_line(traceback=None, outermost: types.CodeType | None = None) -> str:
+    """'file.py:12': the innermost line of a traceback, or of the running stack inside of `outermost`, that is the model's own;
+    `NO_LINE` where there is none, as in an nn.Sequential."""
     if traceback is not None:
         found = [(t.tb_frame, t.tb_lineno) for t in _walk(traceback, "tb_next")]
     else:
-        found = [(f, f.f_lineno) for f in _walk(sys._getframe(), "f_back")][::-1]
+        inside = itertools.takewhile(lambda f: f.f_code is not outermost, _walk(sys._getframe(), "f_back"))
+        found = [(f, f.f_lineno) for f in inside][::-1]
     for frame, line in reversed(found):
         file = frame.f_code.co_filename
         if not file.startswith((*LIBRARIES, "<")):
             return f"{file}:{line}"
-    return "in the forward pass"
+    return NO_LINE
 
 
 def _walk(link, attribute):

@@ -268,8 +268,10 @@ class Labels:
             if not any(found):
                 continue
             if not all(found):
+                bare = next(t for (t, _), mine in zip(there, found, strict=True) if not mine)
+                reason = self._lost.get(id(bare), f"meets a constant of {size} values in {self.where()!r}")
                 for label in itertools.chain.from_iterable(found):
-                    self.unite_along(label, f"meets a constant of {size} values in {self.where()!r}", (axis,))
+                    self.unite_along(label, reason, (axis,))
                 continue
             first = found[0][0]
             for other in itertools.chain.from_iterable(found):

@@ -74,6 +74,10 @@ class LabelMode(Labels, TorchDispatchMode):
     def where(self) -> str:
         return self.modules.get(self.stack[-1][0], type(self.stack[-1][0]).__name__) if self.stack else "forward"
 
+    def line(self) -> str:
+        """'file.py:12': the line of the model's own code that runs, `NO_LINE` where that is torch's alone."""
+        return user_line(outermost=run_pass.__code__)
+
     def enter_module(self, module, args):
         self.stack.append((module, args, next(self.calls)))
         if self._recurs(module, args) and (steps := args[0].shape[time := _time(module, args)]) > 1:
@@ -134,7 +138,7 @@ class LabelMode(Labels, TorchDispatchMode):
         if self.values == "none" and (found := self.numbers.of(func, given, given_kwargs, out, self.owned)):
             self.computed_with((self.where(), str(packet)), found, args, kwargs)
         self.dynamic |= torch.Tag.dynamic_output_shape in func.tags
-        dimensions = self._carry(func, args, kwargs, out) if self.labelled else None
+        dimensions = self.carry(func, args, kwargs, out) if self.labelled else None
         if packet in flop_registry:
             flops = self.steps * flop_registry[packet](*args, **kwargs, out_val=out)
             self.counted(flops, [d for d in dimensions or () if d is not None])
@@ -144,7 +148,7 @@ class LabelMode(Labels, TorchDispatchMode):
         """An operator computed with numbers; place: module and operator."""
         self.numbers.noted.setdefault(place, []).append(numbers)
 
-    def _carry(self, func, args, kwargs, out):
+    def carry(self, func, args, kwargs, out):
         """Give what an operator has made its labels."""
         dimensions = None
         self.places_matter |= func.overloadpacket in PLACES

@@ -17,10 +17,11 @@ SHUFFLES = (aten.channel_shuffle, aten.native_channel_shuffle)
 
 
 def opaque(labels, args, kwargs, out, reason):
-    """What goes in is frozen, what comes out has no labels."""
-    for tensor in tensors_of(args, kwargs):
+    """What goes in is frozen, what comes out has no labels: for that reason, if there were any."""
+    for tensor in (labelled := [t for t in tensors_of(args, kwargs) if labels.get(t)]):
         labels.freeze_all(tensor, reason)
-    labels.lose(out, reason)
+    if labelled:
+        labels.lose(out, reason)
 
 
 def repeats(label) -> bool:

@@ -19,7 +19,7 @@ from taylored._graph.mode import LabelMode, label_all, run_pass, stand_in
 from taylored._graph.numbers import differ
 from taylored._graph.tracer import Tracer
 from taylored._graph.values import FIXED, Bundle, ChannelGraph, Group, Pass, check_fit
-from taylored._modules import named_shapes, named_tensors, resized, unwrapped, user_line
+from taylored._modules import named_shapes, named_tensors, resized, unwrapped
 
 
 class Rehearsal(LabelMode):
@@ -90,11 +90,11 @@ class Rehearsal(LabelMode):
         wrong = (a != b) & (a != FIXED) & (b != FIXED)
         if bool(wrong.any()):
             self.blamed.update(a[wrong].tolist(), b[wrong].tolist())
-            raise TraceError(f"{user_line()}: channels that do not belong together meet")
+            raise TraceError(f"{self.line()}: channels that do not belong together meet")
 
     def freeze(self, label, reason):
         if self._blame(label):
-            raise TraceError(f"{user_line()}: {reason}")
+            raise TraceError(f"{self.line()}: {reason}")
 
     def _blame(self, label) -> bool:
         """Note which of the components in a label were free to go; whether there are any."""
@@ -107,7 +107,7 @@ class Rehearsal(LabelMode):
         number = next(self.count)
         if number < len(self.costs) and flops != self.costs[number]:
             raise TraceError(
-                f"{user_line()}: takes {flops} FLOPs with fewer channels, where {self.costs[number]} follow from them"
+                f"{self.line()}: takes {flops} FLOPs with fewer channels, where {self.costs[number]} follow from them"
             )
 
     def computed_with(self, place, numbers, args, kwargs):
@@ -117,7 +117,7 @@ class Rehearsal(LabelMode):
             for tensor in tensors_of(args, kwargs):
                 for label in self.get(tensor):
                     self._blame(label)
-            raise TraceError(f"{user_line()}: {place[1]} computes with another number where there are fewer channels")
+            raise TraceError(f"{self.line()}: {place[1]} computes with another number where there are fewer channels")
 
 
 class ModelRehearser:

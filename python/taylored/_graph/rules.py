@@ -276,6 +276,14 @@ def convolution(labels: Labels, func, args, kwargs, out):
     return [filters if rows is None and not transposed else rows, labels.channels(weight, 1)]
 
 
+def deformed(labels: Labels, func, args, kwargs, out):
+    """torchvision's deform_conv2d: a convolution of channels, at places that have labels of nobody's."""
+    x, weight, offset, mask, bias = args[:5]
+    for t in (offset, mask):
+        labels.freeze_all(t, f"places in {labels.where()!r} are computed from them")
+    return convolution(labels, func, (x, weight, bias, None, None, None, False, None, args[11]), {}, out)
+
+
 def matmul(labels: Labels, func, args, kwargs, out):
     """mm, addmm, bmm, baddbmm: contracts x's last dimension with w's second to last."""
     added = args[0] if func.overloadpacket in (aten.addmm, aten.baddbmm) else None
@@ -347,7 +355,10 @@ RULES: dict[object, Rule] = {
     **_rules(matmul, "mm", "addmm", "bmm", "baddbmm"),
 }
 # Operators of libraries that need not be there, by name.
-FOREIGN = dict.fromkeys(("torchvision::roi_align", "torchvision::roi_pool"), at_points)
+FOREIGN = {
+    **dict.fromkeys(("torchvision::roi_align", "torchvision::roi_pool"), at_points),
+    "torchvision::deform_conv2d": deformed,
+}
 
 
 def trace_rule(op: str, like: str | None = None) -> Callable:

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from taylored._graph.labels import Label, tensors_of
-from taylored._graph.mode import LabelMode
-from taylored._modules import CONSUMERS, CONVOLUTIONS
+from taylored._graph.mode import LabelMode, labels_running
+from taylored._modules import CONSUMERS, CONVOLUTIONS, NO_LINE
 
 
 class Application(NamedTuple):
@@ -43,6 +43,7 @@ class Tracer(LabelMode):
         self.heads: list[Label] = []  # filters of fully connected layers
         self.applications: dict[str, list[Application]] = {}
         self.costs: list[tuple[int, list[Label]]] = []
+        self.placed: set[str] = set()  # reasons that say where
 
     def _lists(self) -> tuple[list, ...]:
         return self.edges, self.ties, self.frozen, self.filters, self.heads, self.costs
@@ -86,7 +87,29 @@ class Tracer(LabelMode):
         self.pieces = max(self.pieces, rows.shape[1])
 
     def freeze(self, label, reason):
-        self.frozen.append((label.reshape(-1), reason.replace(" in ''", " in the model's own forward")))
+        self.frozen.append((label.reshape(-1), self._placed(reason)))
+
+    def lose(self, out, reason):
+        super().lose(out, self._placed(reason))
+
+    def carry(self, func, args, kwargs, out):
+        """What an operator that keeps channels makes of them has no labels for the same reason."""
+        known = len(self.frozen)
+        dimensions = super().carry(func, args, kwargs, out)
+        if len(self.frozen) > known:
+            self.lose(out, self.frozen[-1][1])
+        return dimensions
+
+    def _placed(self, reason: str) -> str:
+        """A reason with the module and the line of the forward pass that it was found at."""
+        if reason in self.placed or not labels_running():
+            return reason
+        where, line = self.where(), self.line()
+        reason = reason if repr(where) in reason else f"{reason}, in {where!r}"
+        reason = reason.replace(" in ''", " in the model's own forward")
+        reason += f" ({line})" if line != NO_LINE else ""
+        self.placed.add(reason)
+        return reason
 
     def counted(self, flops, dimensions):
         self.costs.append((flops, dimensions))
