@@ -9,16 +9,20 @@ from taylored._graph.rules import trace_rule
 from taylored._graph.tracing import trace
 from taylored._graph.values import ChannelGraph, Group
 from taylored._masking import masked
+from taylored._moments import InputMoments
 from taylored._oracle.measure import oracle
 from taylored._plan import PrunePlan, diff, rehearse
 from taylored._planning import make_plan, random_plan
 from taylored._proof import Verification
 from taylored._prune import PruneResult, prune
+from taylored._recalibrate import recalibrate
+from taylored._residual import ResidualScorer
 from taylored._score import TaylorScorer
+from taylored._shrink import shrink
 from taylored.criteria import spearman
 
 # Where they live is nobody's business: pickles and pages name them as they are imported.
-for _public in (ChannelGraph, Group, PrunePlan, PruneResult, Removed, TaylorScorer, Verification):
+for _public in (ChannelGraph, Group, InputMoments, PrunePlan, PruneResult, Removed, ResidualScorer, TaylorScorer, Verification):
     _public.__module__ = __name__
 del _public
 
@@ -28,10 +32,12 @@ __all__ = [
     "CheckpointError",
     "ExportError",
     "Group",
+    "InputMoments",
     "PlanError",
     "PrunePlan",
     "PruneResult",
     "Removed",
+    "ResidualScorer",
     "TaylorScorer",
     "TraceError",
     "Verification",
@@ -47,9 +53,11 @@ __all__ = [
     "oracle",
     "prune",
     "random_plan",
+    "recalibrate",
     "rehearse",
     "restore",
     "save",
+    "shrink",
     "spearman",
     "trace",
     "trace_rule",

@@ -11,7 +11,7 @@ import itertools
 import signal
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -21,7 +21,9 @@ from torch import nn
 from taylored import ops
 from taylored._errors import PlanError, VerificationError
 from taylored._graph.values import ChannelGraph, complement
+from taylored._mend import Mending, mendings
 from taylored._modules import Inputs, check_module, data_parallel, named_tensors, size_attributes, unwrapped
+from taylored._moments import InputMoments, measure
 from taylored._optimizers import Optimizers, as_optimizers, rule_of, state_tensors
 from taylored._plan import PrunePlan, rehearse
 from taylored._proof import Verification, prove
@@ -34,13 +36,15 @@ class Removed:
 
     plan: the plan that was applied. lost: for every tensor that was cut ("model: conv.weight", "optimizer[0]: exp_avg of
     conv.weight", ...) the slices taken out of each dimension, one dimension after the other. strides: what they were.
-    sizes: what modules said of their own sizes. In a checkpoint of one's own: see `PrunePlan`.
+    sizes: what modules said of their own sizes. mended: of every tensor that was mended, what was left of it before and after.
+    In a checkpoint of one's own: see `PrunePlan`.
     """
 
     plan: PrunePlan
     lost: dict[str, dict[int, torch.Tensor]]
     strides: dict[str, tuple[int, ...]]
     sizes: dict[str, dict[str, int]]
+    mended: dict[str, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict)
 
     def __repr__(self):
         size = sum(t.nbytes for slices in self.lost.values() for t in slices.values())
@@ -60,6 +64,8 @@ def compact(
     keep_removed: bool = False,
     verify: Inputs | None = None,
     graph: ChannelGraph | None = None,
+    mend: Iterable[Inputs] | InputMoments | None = None,
+    mend_frozen: bool = False,
 ) -> Removed | None:
     """Remove a plan's units from the model, in place.
 
@@ -76,6 +82,12 @@ def compact(
     anything is cut: all outputs must be the same. graph: as traced, where the plan comes from a file. Raises VerificationError,
     naming the first layer at which they part; warns where outputs cannot be compared. In several processes all raise if one does.
 
+    mend: batches of real inputs, without targets, or what was measured on such (`InputMoments`, `ResidualScorer`): layers that
+    lose inputs are given weights with which the others say as much as they can of what the lost ones said, by least squares over
+    the batches (`_mend.py`). Layers whose weights take no gradient are left alone, unless mend_frozen. It comes after the proof;
+    how well each layer could be mended, on examples that the fit did not see, is in `InputMoments.residuals`. PlanError without a
+    graph.
+
     An exception leaves everything as it was: what can be undone comes first, the move of memory last, in one call that checks
     all before it moves any, and signals wait until it is done. Raises PlanError if the plan does not fit. A plan was rehearsed
     when it was made; on another model than the one traced, or one with other modules since, it is rehearsed first: TraceError
@@ -91,15 +103,27 @@ def compact(
         rehearse(model, plan)
     if verify is not None:
         _prove(model, plan, verify, graph, parallel)
-    removed = work.removed() if keep_removed else None
+    mended = [] if mend is None else work.mended(_mendings(model, graph or plan.graph, plan, mend, mend_frozen))
+    removed = work.removed(mended) if keep_removed else None
     moves, replaced = _cut(work.jobs)
     with _uninterrupted(), torch.no_grad():
         work.change(replaced, {name: values for name, _, values in work.modules}, moves)
+        for _, tensor, _, after in mended:
+            tensor.copy_(after)
         _outdate(parallel)
         if release:
             for tensor, _ in replaced:
                 tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
     return removed
+
+
+def _mendings(model, graph, plan, mend, frozen) -> list[Mending]:
+    if graph is None:
+        raise PlanError("the plan comes from a file or a pickle: to mend, give the graph that was traced, graph=")
+    measured = mend if isinstance(mend, InputMoments) else measure(model, graph, mend)
+    if measured.model is not unwrapped(model):
+        raise ValueError("mend was measured on another model")
+    return list(mendings(graph, plan, measured, frozen).values())
 
 
 def verify(model: nn.Module, plan: PrunePlan, inputs: Inputs, graph: ChannelGraph | None = None) -> Verification:
@@ -152,7 +176,10 @@ def restore(model: nn.Module, removed: Removed, optimizer: Optimizers = None, al
     if missing := {name.partition(":")[0] for name in removed.lost} - work.given:
         raise PlanError(f"{', '.join(sorted(missing))} was compacted with the model, but is not given to restore")
     stale = [job for job in work.jobs if job.owner is None and job.name not in removed.lost]
-    whole = [(job.tensor, _put_back(job, removed)) for job in work.jobs if job not in stale]
+    unmended = work.unmended(removed)
+    whole = [(job.tensor, _put_back(job, removed, unmended)) for job in work.jobs if job not in stale]
+    cut = {id(job.tensor) for job in work.jobs}
+    whole += [(tensor, values) for tensor, values in unmended.values() if id(tensor) not in cut]
     with _uninterrupted(), torch.no_grad():
         work.change(whole, removed.sizes)
         for opt in work.optimizers:
@@ -200,6 +227,7 @@ class _Work:
         model = unwrapped(model)
         tensors = named_tensors(model)
         self.jobs: list[_Job] = []
+        self.tensors: dict[str, Mapping[str, torch.Tensor]] = {}
         self.modules: list[tuple[str, nn.Module, dict[str, int]]] = []
         _check_indices(plan)
         if not isinstance(also, (nn.Module, dict, list, tuple)):
@@ -209,6 +237,7 @@ class _Work:
         everything = {"model": model, **{f"also[{n}]": _average(copy, plan, f"also[{n}]") for n, copy in copies}}
         for what, one in everything.items():
             mine = tensors if one is model else one if isinstance(one, dict) else named_tensors(one)
+            self.tensors[what] = mine
             self.jobs += _jobs(plan, mine, what, cut)
             if isinstance(one, nn.Module):
                 self.modules += [(f"{what}: {name}", *found) for name, *found in size_attributes(one, plan.shapes, after)]
@@ -224,9 +253,32 @@ class _Work:
     def sizes(self) -> dict[str, dict[str, int]]:
         return {name: {key: getattr(module, key) for key in values} for name, module, values in self.modules}
 
-    def removed(self) -> Removed:
+    def removed(self, mended) -> Removed:
         lost, strides = {job.name: _lost(job) for job in self.jobs}, {job.name: job.tensor.stride() for job in self.jobs}
-        return Removed(self.plan, lost, strides, self.sizes())
+        values = {name: (before.clone(), after) for name, _, before, after in mended}
+        return Removed(self.plan, lost, strides, self.sizes(), values)
+
+    def mended(self, mendings) -> list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Name, tensor, its values as the cut would leave them, and as mending will."""
+        found = []
+        for what, tensors in self.tensors.items():
+            for mending in mendings:
+                for name, whole in mending.of(tensors).items():
+                    pair = [tensors[name].detach(), whole]
+                    for d, indices in self.plan.cuts.get(name, {}).items():
+                        pair = [x.index_select(d, indices.to(x.device)) for x in pair]
+                    found.append((f"{what}: {name}", tensors[name], *pair))
+        return found
+
+    def unmended(self, removed) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Name -> tensor, and its values without the mending: bit for bit as they were where nothing was trained since."""
+        found = {}
+        for name, (before, after) in removed.mended.items():
+            what, _, local = name.partition(": ")
+            tensor = self.tensors[what][local]
+            now, before, after = tensor.detach(), before.to(tensor), after.to(tensor)
+            found[name] = tensor, torch.where(now == after, before, now + (before - after))
+        return found
 
     def change(self, data, sizes, moves=()):
         """Give tensors their data and modules their sizes, then move, which comes last for it alone cannot be undone."""
@@ -259,9 +311,10 @@ def _lost(job) -> dict[int, torch.Tensor]:
     return lost
 
 
-def _put_back(job, removed) -> torch.Tensor:
+def _put_back(job, removed, unmended) -> torch.Tensor:
     """The whole tensor, in new memory: the inverse of `_lost` and the cut."""
-    x, lost = job.tensor.detach(), removed.lost.get(job.name)
+    _, x = unmended.get(job.name, (None, job.tensor.detach()))
+    lost = removed.lost.get(job.name)
     for d in reversed(job.dims if lost is None else lost):
         kept = job.dims[d]
         size = removed.plan.shapes[job.owner][d] if lost is None else len(kept) + lost[d].shape[d]

@@ -356,6 +356,19 @@ def resized(model: nn.Module, shapes: Shapes) -> Iterator[None]:
             module.__dict__.update(values)
 
 
+@contextlib.contextmanager
+def still(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and gradients that reach the gates but no parameter."""
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        with in_mode(model, training=False), torch.enable_grad():
+            model.requires_grad_(False)
+            yield
+    finally:
+        for p, was in wanted:
+            p.requires_grad_(was)
+
+
 def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
     """Every batch norm by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, BatchNorm)}

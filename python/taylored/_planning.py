@@ -38,6 +38,7 @@ def make_plan(
     remove_units: int | None = None,
     normalize: str = "l2",
     flops_weight: float = 1e-3,
+    per_flop: bool = False,
     round_to: int = 1,
     min_units: int | dict[str, int] = 1,
     max_ratio: float | dict[str, float] = 1.0,
@@ -49,7 +50,8 @@ def make_plan(
     scores: group name -> [units]; a group without scores is left alone. target_flops, target_params: what may remain,
     as a fraction of the graph's (a float up to 1) or in absolute numbers. remove_units: how many units go. normalize:
     divide each group's scores by their "l2" (the paper's), "l1", "max" or "mean", or "none". flops_weight: lambda of
-    `score - lambda * flops(unit)`, in units such that the dearest group's units cost 1. round_to: keep a multiple of
+    `score - lambda * flops(unit)`, in units such that the dearest group's units cost 1. per_flop: instead of both, sort by score
+    per FLOP saved: for scores that are comparable between groups as they are (`ResidualScorer`). round_to: keep a multiple of
     so many channels per group. min_units: units each group keeps at least; max_ratio: share of each group that may go;
     both also as a dict by group name. ignore: modules, or names of modules or groups, whose filters all stay. model: for a graph
     that comes from a file or a pickle, which has forgotten its own.
@@ -66,6 +68,9 @@ def make_plan(
     _check_options(graph, normalize, round_to, min_units, max_ratio)
     price = Price(graph, graph.param_costs if name == "target_params" else graph.flop_costs)
     flops = _flops_per_unit(price if name != "target_params" else Price(graph, graph.flop_costs))
+    if per_flop:  # what saves next to nothing comes last
+        scores = {g.name: scores[g.name] / max(flops[i], 1e-12) for i, g in enumerate(graph.groups) if g.name in scores}
+        normalize, flops_weight = "none", 0.0
     ignored = _ignored(graph, ignore)
     chosen = {name: s for name, s in scores.items() if name not in ignored}
     order, strokes = _strokes(graph, chosen, NORMS[normalize], flops_weight * flops, round_to, (min_units, max_ratio))

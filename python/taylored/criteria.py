@@ -6,7 +6,6 @@ the batch. The model runs in eval mode, as the oracle runs it, and is left as it
 which a criterion does not exist is left out. `CRITERIA` lists them all, with what they cost.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -18,7 +17,7 @@ from torch import nn
 
 from taylored import ops
 from taylored._graph.values import ChannelGraph, Group, check_fit
-from taylored._modules import batch_norms, count_examples, in_mode, run_on, unwrapped
+from taylored._modules import batch_norms, count_examples, in_mode, run_on, still, unwrapped
 from taylored._oracle.measure import oracle
 from taylored._score import TaylorScorer
 
@@ -35,7 +34,7 @@ def taylor(model: nn.Module, graph: ChannelGraph, batches: Iterable, loss_fn: Ca
     """First-order change of the loss, as `TaylorScorer` measures it (arXiv:1611.06440, equations 6 and 7).
 
     reduction: "abs", the paper's mean of |t|; "batch", |sum over a batch|; "square", mean of t^2 (arXiv:1906.10771)."""
-    with _still(model), TaylorScorer(model, graph, reduction=reduction) as scorer:
+    with still(model), TaylorScorer(model, graph, reduction=reduction) as scorer:
         for inputs, targets in batches:
             loss_fn(run_on(model, inputs), targets).backward()
     return scorer.scores()
@@ -54,7 +53,7 @@ def obd(model: nn.Module, graph: ChannelGraph, batches: Iterable, loss_fn: Calla
     """
     examples = passes = 0
     # Squares of contributions are what the scorer adds up; the loss is that of each example, so nothing is averaged.
-    with _still(model), TaylorScorer(model, graph, reduction="square", loss_reduction="sum") as scorer:
+    with still(model), TaylorScorer(model, graph, reduction="square", loss_reduction="sum") as scorer:
         for inputs, targets in batches:
             output = run_on(model, inputs)
             if not isinstance(output, torch.Tensor):
@@ -90,19 +89,6 @@ def _hessian_roots(loss_fn, output, targets) -> torch.Tensor:
     for root, part in zip(roots.split(count, 1), parts, strict=True):
         root[: len(part)] = part.reshape(len(part), -1, *output.shape[1:])
     return roots
-
-
-@contextlib.contextmanager
-def _still(model):
-    """Eval mode, and gradients that reach the gates but no parameter."""
-    wanted = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        with in_mode(model, training=False), torch.enable_grad():
-            model.requires_grad_(False)
-            yield
-    finally:
-        for p, was in wanted:
-            p.requires_grad_(was)
 
 
 # -- from the activations ----------------------------------------------------------------------------------------------
