@@ -349,6 +349,21 @@ def test_a_first_state_of_zeros_goes_with_what_it_becomes():
     exact(ConvLSTM(), torch.randn(2, 3, 3, 8, 8), 40)
 
 
+def test_zeros_that_are_joined_beside_the_channels_are_no_units():
+    """Tacotron's frames before the first."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.start, self.b = nn.Conv1d(3, 8, 3), nn.Linear(4, 8), nn.Conv1d(8, 2, 3)
+
+        def forward(self, x):
+            frames = torch.cat([torch.zeros(1, 4), torch.zeros(2, 4)])
+            return self.b(self.a(x) + self.start(frames).sum(0)[:, None])
+
+    exact(Net(), torch.randn(2, 3, 12), 8)
+
+
 def test_a_linear_layer_before_a_decoder_goes_by_the_channel():
     class Decoder(nn.Module):
         def __init__(self):
