@@ -56,6 +56,7 @@ def stays(function, reason):
 
 
 C = 1  # the channels' dimension
+KEYS = torch.linspace(-1, 1, 5 * 256).view(1, 5, 256).sin().expand(2, -1, -1)
 
 
 def inplace_mul(y):
@@ -150,6 +151,7 @@ def test_a_count_of_channels_used_as_a_number_keeps_them(function):
         lambda y: y.gather(3, torch.arange(16).flip(0).expand_as(y)),
         lambda y: y * y[:, :, :1, :1].sigmoid().expand_as(y),
         lambda y: F.max_unpool2d(*F.max_pool2d(y, 2, return_indices=True), 2),
+        lambda y: F.scaled_dot_product_attention(y.flatten(2), KEYS, KEYS).view_as(y),
     ],
 )
 def test_what_leaves_channels_alone_lets_them_go(function):
@@ -552,6 +554,28 @@ def test_culprits_are_found_by_halving(monkeypatch):
     monkeypatch.setattr(tracing.Rehearsal, "run", lambda *a: runs.append(1) or run(*a))
     graph = trace(Net(32).eval(), X)
     assert len(graph.groups) >= 32 and len(runs) <= 20
+
+
+class Upsample(nn.Module):
+    """Says how many channels it takes, as in diffusers."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.c, self.conv = c, nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        assert x.shape[1] == self.c
+        return self.conv(F.interpolate(x, scale_factor=2.0))
+
+
+def test_a_count_that_is_asserted_is_looked_for_where_it_is_asserted(monkeypatch):
+    import taylored._graph.tracing as tracing
+
+    runs, run = [], tracing.Rehearsal.run
+    monkeypatch.setattr(tracing.Rehearsal, "run", lambda *a: runs.append(1) or run(*a))
+    body = [nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU()) for _ in range(32)]
+    graph = exact(nn.Sequential(nn.Conv2d(3, 8, 1), *body, Upsample(8), nn.Conv2d(8, 4, 1)), X, 32 * 8 + 8)
+    assert "AssertionError" in graph.explain("32.0") and len(runs) <= 6
 
 
 class Siamese(nn.Module):

@@ -334,7 +334,7 @@ RULES: dict[object, Rule] = {
     **_rules(complex_view, "view_as_real", "view_as_complex"),
     **_rules(along, "mean", "sum", "amax", "amin", "var", "std", "var_mean", "std_mean", "max", "min", "norm"),
     **_rules(along, "linalg_vector_norm", "argmax", "argmin", "prod", "logsumexp", "all", "any"),
-    **_rules(softmax, "_softmax", "_log_softmax"),
+    **_rules(softmax, "_softmax", "_log_softmax", "_safe_softmax"),
     **_rules(batch_norm, "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
     **_rules(batch_norm, "_batch_norm_with_update", "cudnn_batch_norm", "miopen_batch_norm"),
     **_rules(group_norm, "native_group_norm"),
