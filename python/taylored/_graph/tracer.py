@@ -98,6 +98,8 @@ class Tracer(LabelMode):
         standard = is_layer and args and isinstance(args[0], torch.Tensor)
         if is_layer and not standard:
             why = f"{self.where()!r} is called by keyword: give it its input as the first argument"
+            if args:  # a PackedSequence
+                why = f"{self.where()!r} takes a {type(args[0]).__name__}, which is no tensor"
             for label in (contracted, filters):
                 if label is not None:
                     self.freeze(label, why)
