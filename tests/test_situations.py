@@ -151,6 +151,9 @@ def test_a_count_of_channels_used_as_a_number_keeps_them(function):
         lambda y: y.gather(3, torch.arange(16).flip(0).expand_as(y)),
         lambda y: y * y[:, :, :1, :1].sigmoid().expand_as(y),
         lambda y: F.max_unpool2d(*F.max_pool2d(y, 2, return_indices=True), 2),
+        lambda y: y.unsqueeze_(1).sigmoid().squeeze_(1),
+        lambda y: y.transpose_(1, 2).add(torch.zeros(1, 16, y.shape[2], 16)).transpose_(1, 2),
+        lambda y: y * torch.ones(y.shape[1]).unsqueeze_(1).unsqueeze_(2),
         lambda y: F.scaled_dot_product_attention(y.flatten(2), KEYS, KEYS).view_as(y),
     ],
 )
@@ -458,6 +461,16 @@ def test_reasons_name_what_is_wrong():
             return self.c(self.b(input=self.a(x)))
 
     assert "called by keyword" in trace(Named(), X).explain("b")
+
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.rnn = nn.Conv1d(3, 8, 3), nn.LSTM(8, 4)
+
+        def forward(self, x):
+            return self.rnn(nn.utils.rnn.pack_padded_sequence(self.a(x).permute(2, 0, 1), [4, 3]))[0].data
+
+    assert "takes a PackedSequence" in trace(Packed(), torch.randn(2, 3, 6)).explain("rnn")
 
 
 def test_what_was_made_of_a_model_is_refused_before_anything_is_touched():

@@ -306,7 +306,7 @@ RULES: dict[object, Rule] = {
     **_rules(noise, "bernoulli_", "uniform_", "normal_"),
     **_rules(metadata, "is_same_size", "_assert_async", "_has_compatible_shallow_copy_type", "sym_size", "size"),
     **_rules(movement, "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "expand", "squeeze", "unsqueeze"),
-    **_rules(movement, "rot90"),
+    **_rules(movement, "rot90", "squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_"),
     **_rules(movement, "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "repeat", "flip"),
     **_rules(part, "slice", "select", "narrow", "unfold"),
     **_rules(along, "index_select", "cumsum", "cumprod", "sort", "topk", "roll", "median"),
