@@ -175,7 +175,8 @@ def measure(source, name) -> dict:
     reasons = collections.Counter()
     for layer in graph.layers.values():
         if layer.is_convolution:
-            found = (graph.frozen.get(int(c), layer.unlabelled if c < 0 else None) for c in layer.filters)
+            without = "its only filter" if len(layer.filters) == 1 else layer.unlabelled
+            found = (graph.frozen.get(int(c), without if c < 0 else None) for c in layer.filters)
             reasons.update(re.sub(r"\S*/| in '.*?'| '.*?'|: taylored.*", "", r) for r in found if r is not None)
     row = {"units": graph.units, "filters": graph.filters, "prunable": int(graph.prunable_filters)}
     row |= {"seconds": statistics.median(times), "error": max(errors), "reasons": reasons.most_common(2)}
@@ -284,10 +285,11 @@ def table(results) -> str:
         "",
         "## Other libraries",
         "",
-        f"{facts(others)}",
+        f"{facts(others)} Why: a model that looks at its data is computed for real (HDemucs), one whose forward asks in which mode "
+        "it is runs in both (EfficientNet, DAF3D), and counts that are hard-coded are found one after the other.",
         "",
         f"Small configurations with random weights ({', '.join(versions)}), which `benchmarks/coverage_libraries.py` lists; "
-        "measured and put here by the same command.",
+        "measured and put here by the same command, beside other work on the same machine.",
         "",
         *rows(others, peer=False),
     ]

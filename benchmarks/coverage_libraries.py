@@ -233,7 +233,7 @@ DIFFUSERS = {
         STEPS,
     ),
     "UNet1DModel": (
-        lambda m: m.UNet1DModel(sample_size=256, extra_in_channels=32, block_out_channels=(16, 16, 32)),
+        lambda m: m.UNet1DModel(sample_size=256, extra_in_channels=64, block_out_channels=(32, 32, 64)),
         (2, 2, 256),
         STEPS,
     ),
