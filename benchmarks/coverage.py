@@ -285,8 +285,8 @@ def table(results) -> str:
         "",
         "## Other libraries",
         "",
-        f"{facts(others)} Why: a model that looks at its data is computed for real (HDemucs), one whose forward asks in which mode "
-        "it is runs in both (EfficientNet, DAF3D), and counts that are hard-coded are found one after the other.",
+        f"{facts(others)} Why: a model that looks at its data is computed for real (HDemucs), one whose forward asks in which "
+        "mode it is runs in both (EfficientNet, DAF3D), and counts that are hard-coded are found one after the other.",
         "",
         f"Small configurations with random weights ({', '.join(versions)}), which `benchmarks/coverage_libraries.py` lists; "
         "measured and put here by the same command, beside other work on the same machine.",
