@@ -569,6 +569,18 @@ def test_culprits_are_found_by_halving(monkeypatch):
     assert len(graph.groups) >= 32 and len(runs) <= 20
 
 
+def test_the_state_of_a_recurrent_layer_stays():
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.rnn, self.head = nn.Conv1d(3, 8, 3), nn.RNN(8, 7), nn.Linear(7, 4)
+
+        def forward(self, x):
+            return self.head(self.rnn(self.a(x).permute(2, 0, 1))[0])
+
+    assert "feeds them back" in exact(Reader(), torch.randn(2, 3, 12), 8).explain("rnn")
+
+
 class Upsample(nn.Module):
     """Says how many channels it takes, as in diffusers."""
 

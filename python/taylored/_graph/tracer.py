@@ -107,6 +107,8 @@ class Tracer(LabelMode):
             facts = Application(filters, outputs, why, None, is_convolution, 1 if is_convolution else -1, 1, call)
             self.applications.setdefault(self.where(), []).append(facts)
             return
+        if isinstance(module, nn.RNNBase) and filters is not None:  # one step does not show that they come back
+            self.freeze(filters, f"the recurrent layer {self.where()!r} feeds them back to itself")
         if standard and is_convolution and args[0].ndim < module.weight.ndim:
             for label in (contracted, filters):
                 if label is not None:
