@@ -1,12 +1,14 @@
-"""Which models can be pruned, how much of them, and how exactly: torchvision's and timm's convolutional families.
+"""Which models can be pruned, how much of them, and how exactly: torchvision's and timm's convolutional families, and networks
+of other libraries (coverage_libraries.py).
 
-Each model, its normalisation statistics randomised, is traced (median of three times); three random plans (20, 50 and
-80% of every group) are applied to copies of it, whose outputs are compared with those of the masked model:
-max|compacted - masked| / max|masked|, the worst of all outputs. Detectors are traced whole; as their post-processing picks
+Each model, its normalisation statistics randomised, is traced (median of three times), which must leave its parameters, buffers
+and outputs as they were, bit for bit. Three random plans (20, 50 and 80% of every group) are applied to copies of it, whose
+outputs are compared with those of the masked model: max|compacted - masked| / max|masked|, the worst of all outputs; where that
+is large, `taylored.verify` says whether the model amplifies rounding. Detectors are traced whole; as their post-processing picks
 other boxes where two are equal to the last digit, what is compared is the output of every head, on fixed boxes.
 
-Beside it, where it is installed, Torch-Pruning removes 30% of every layer but the outputs, at random; the result must
-run, and is compared with the original in which what was cut is zeroed at the inputs of the layers that lost it.
+Beside torchvision's and timm's, where it is installed, Torch-Pruning removes 30% of every layer but the outputs, at random;
+the result must run, and is compared with the original in which what was cut is zeroed at the inputs of the layers that lost it.
 Each measurement has a process of its own, and at most 300 seconds. Results are kept beside the table as JSON, and
 only what is missing there is measured, or what --only names.
 
@@ -18,14 +20,15 @@ import collections
 import copy
 import fnmatch
 import json
+import multiprocessing
 import re
 import statistics
-import subprocess
 import sys
 import time
 import warnings
 from pathlib import Path
 
+import coverage_libraries
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -64,7 +67,7 @@ def names():
     attention = ("vit", "swin", "maxvit", "regnet_y_128gf")  # one of each is listed below; regnet_y_128gf has 2.6 GB
     found = [n for n in models.list_models(module=models) if not n.startswith(attention)]
     found += " ".join((SEGMENTATION, DETECTION, VIDEO, FLOW, TRANSFORMERS)).split()
-    return [f"torchvision {n}" for n in found] + [f"timm {n}" for n in TIMM.split()]
+    return [f"torchvision {n}" for n in found] + [f"timm {n}" for n in TIMM.split()] + coverage_libraries.names()
 
 
 class Heads(nn.Module):
@@ -90,6 +93,9 @@ class Heads(nn.Module):
 def build(source, name):
     """The model, its inputs, and a module that gives the outputs to compare."""
     torch.manual_seed(0)
+    if source in coverage_libraries.NETS:
+        model, inputs = coverage_libraries.build(source, name)
+        return model, inputs, model
     x = torch.randn(4, 3, 160, 160)
     if source == "timm":
         import timm
@@ -135,6 +141,7 @@ def prepared(source, name):
 
 
 def outputs(model, inputs):
+    torch.manual_seed(0)
     with torch.no_grad():
         return [t.double() for t in tree_leaves(Unpacked(model)(inputs)) if isinstance(t, torch.Tensor)]
 
@@ -147,12 +154,14 @@ def difference(found, expected) -> float:
 
 def measure(source, name) -> dict:
     model, example, speaker, inputs = prepared(source, name)
-    times = []
+    state, said, times = copy.deepcopy(model.state_dict()), outputs(speaker, inputs), []
     for _ in range(3):
         start = time.perf_counter()
         graph = taylored.trace(model, example)
         times.append(time.perf_counter() - start)
-    errors = []
+    pairs = [*zip(state.values(), model.state_dict().values(), strict=True), *zip(said, outputs(speaker, inputs), strict=True)]
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs), "the trace changed the model"
+    errors, verdict = [], ""
     for seed, ratio in enumerate(RATIOS):
         plan = taylored.random_plan(graph, ratio, seed)
         with taylored.masked(model, graph, plan):
@@ -160,17 +169,23 @@ def measure(source, name) -> dict:
         pruned, pruned_speaker = copy.deepcopy((model, speaker))
         taylored.compact(pruned, plan)
         errors.append(difference(outputs(pruned_speaker, inputs), expected))
+        if errors[-1] > TOLERANCE:
+            found = taylored.verify(model, plan, example)
+            verdict = found.unproven or f"{found.difference:.0e} in {found.dtype}"
     reasons = collections.Counter()
     for layer in graph.layers.values():
         if layer.is_convolution:
-            found = (graph.frozen.get(int(c), layer.unlabelled if c < 0 else None) for c in layer.filters)
+            without = "its only filter" if len(layer.filters) == 1 else layer.unlabelled
+            found = (graph.frozen.get(int(c), without if c < 0 else None) for c in layer.filters)
             reasons.update(
                 re.sub(r" \(\S*:\d+\)|\S*/|,? in ('.*?'|the model's own forward)| '.*?'|: taylored.*", "", r)
                 for r in found
                 if r is not None
             )
     row = {"units": graph.units, "filters": graph.filters, "prunable": int(graph.prunable_filters)}
-    return row | {"seconds": statistics.median(times), "error": max(errors), "reasons": reasons.most_common(2)}
+    row |= {"seconds": statistics.median(times), "error": max(errors), "reasons": reasons.most_common(2)}
+    row |= {"verdict": verdict} if verdict else {}
+    return row | ({"version": coverage_libraries.version(source)} if source in coverage_libraries.NETS else {})
 
 
 def peer(source, name) -> dict:
@@ -215,55 +230,77 @@ def zeroing(left):
 
 def apart(kind, name) -> dict:
     """The result of one measurement in a process of its own."""
-    try:
-        done = subprocess.run([sys.executable, __file__, kind, *name.split()], capture_output=True, text=True, timeout=300)
-    except subprocess.TimeoutExpired:
-        return {kind: "fails: not done in 300 s"}
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    last = next((e for e in reversed(done.stderr.splitlines()) if re.match(r"[\w.]+: ", e)), f"exit {done.returncode}")
-    return {kind: f"fails: {last[:300]}"}
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        try:
+            return pool.apply_async(globals()[kind], name.split(" ", 1)).get(300)
+        except multiprocessing.TimeoutError:
+            return {kind: "fails: not done in 300 s"}
+        except Exception as error:  # whatever it is, it is the finding
+            return {kind: f"fails: {type(error).__name__}: {error}"[:300]}
 
 
-def table(results) -> str:
+def facts(results) -> str:
     ok = [r for r in results.values() if "error" in r]
     exact = sum(r["error"] <= TOLERANCE for r in ok)
     shares, times = [r["prunable"] / r["filters"] for r in ok if r["filters"]], [r["seconds"] for r in ok]
     idle = sum(not r["units"] for r in ok)
     long = [f"{name} {r['seconds']:.1f}" for name, r in results.items() if r.get("seconds", 0) > 1]
-    peers = [r for r in results.values() if "peer" in r]
-    ran, same = sum(r["peer"] == "runs" for r in peers), sum(r.get("peer_error", 1) <= TOLERANCE for r in peers)
-    lines = [
-        "# Which models can be pruned",
-        "",
+    return (
         f"{len(results)} models: {len(ok)} trace and compact, {exact} of them exactly (to {TOLERANCE:g}; {idle} of these have "
         f"nothing to remove). Of the median model {statistics.median(shares):.1%} of the convolutions' filters can be removed; "
         f"of {sum(s >= 0.9 for s in shares)} models at least 90%. A trace takes {statistics.median(times):.2f} s in the median. "
-        f"More than one second take {', '.join(long) or 'none'}: counts that are hard-coded are found one after the other. "
+        f"More than one second take {', '.join(long) or 'none'}."
+    )
+
+
+def rows(results, peer: bool) -> list[str]:
+    columns = ["model", "units", "prunable", "trace, s", "error", *(["Torch-Pruning"] if peer else [])]
+    lines = [f"| {' | '.join(columns)} | most filters that stay, stay because |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | " + ("--- | " if peer else "") + "--- |")
+    for name, r in results.items():
+        cells = ["", "", "", r.get("measure", "")]
+        if "error" in r:
+            cells = [r["units"], f"{r['prunable'] / max(r['filters'], 1):.1%}", f"{r['seconds']:.2f}", f"{r['error']:.0e}"]
+        if peer:
+            cells.append(r.get("peer", "") + (f", {r['peer_error']:.0e}" if "peer_error" in r else ""))
+        shorter = ((reason.replace(HARD_CODED, "hard-coded count:"), count) for reason, count in r.get("reasons", ()))
+        why = "; ".join([*([r["verdict"]] if "verdict" in r else []), *(f"{reason} ({count})" for reason, count in shorter)])
+        lines.append("| " + " | ".join([name, *map(str, cells), why]) + " |")
+    return lines
+
+
+def table(results) -> str:
+    others = {name: r for name, r in results.items() if name.split()[0] in coverage_libraries.NETS}
+    ours = {name: r for name, r in results.items() if name not in others}
+    peers = [r for r in ours.values() if "peer" in r]
+    ran, same = sum(r["peer"] == "runs" for r in peers), sum(r.get("peer_error", 1) <= TOLERANCE for r in peers)
+    versions = dict.fromkeys(r["version"] for r in others.values() if "version" in r)
+    lines = [
+        "# Which models can be pruned",
+        "",
+        f"{facts(ours)} Counts that are hard-coded are found one after the other. "
         f"Torch-Pruning 1.6.1 was tried on {len(peers)}: {ran} run, {same} of them exactly.",
         "",
         f"Made by `python benchmarks/coverage.py`, which says how (one CPU thread, torch {torch.__version__.split('+')[0]}). "
         "Error: the worst of three random plans. Torch-Pruning: whether the model runs with 30% of every layer but the "
-        "outputs gone, and how far it is from the original with the same channels zeroed.",
+        "outputs gone, and how far it is from the original with the same channels zeroed. [Other libraries](#other-libraries).",
         "",
-        "| model | units | prunable | trace, s | error | Torch-Pruning | most filters that stay, stay because |",
-        "| --- | ---: | ---: | ---: | ---: | --- | --- |",
+        *rows(ours, peer=True),
+        "",
+        "## Other libraries",
+        "",
+        f"{facts(others)} Why: a model that looks at its data is computed for real (HDemucs), one whose forward asks in which "
+        "mode it is runs in both (EfficientNet, DAF3D), and counts that are hard-coded are found one after the other.",
+        "",
+        f"Small configurations with random weights ({', '.join(versions)}), which `benchmarks/coverage_libraries.py` lists; "
+        "measured and put here by the same command, beside other work on the same machine.",
+        "",
+        *rows(others, peer=False),
     ]
-    for name, r in results.items():
-        theirs = r.get("peer", "") + (f", {r['peer_error']:.0e}" if "peer_error" in r else "")
-        cells = ["", "", "", r.get("measure", "")]
-        if "error" in r:
-            cells = [r["units"], f"{r['prunable'] / max(r['filters'], 1):.1%}", f"{r['seconds']:.2f}", f"{r['error']:.0e}"]
-        shorter = ((reason.replace(HARD_CODED, "hard-coded count:"), count) for reason, count in r.get("reasons", ()))
-        why = "; ".join(f"{reason} ({count})" for reason, count in shorter)
-        lines.append("| " + " | ".join([name, *map(str, cells), theirs, why]) + " |")
     return "\n".join(lines) + "\n"
 
 
 def main():
-    if sys.argv[1] in ("measure", "peer"):
-        print(json.dumps(globals()[sys.argv[1]](*sys.argv[2:])))
-        return
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", required=True)
     parser.add_argument("--only")
@@ -273,8 +310,10 @@ def main():
     results = json.loads(kept.read_text()) if kept.exists() else {}
     for name in fnmatch.filter(names(), options.only or "*"):
         if options.only or name not in results:
+            if other := name.split()[0] in coverage_libraries.NETS:
+                coverage_libraries.load(name.split()[0])  # once for all its networks
             old = {k: v for k, v in results.get(name, {}).items() if k.startswith("peer")}
-            results[name] = apart("measure", name) | (old if options.without_peer else apart("peer", name))
+            results[name] = apart("measure", name) | (old if options.without_peer or other else apart("peer", name))
             print(name, results[name], flush=True)
             kept.write_text(json.dumps(results, indent=1))
     Path(options.out).write_text(table({name: results[name] for name in names() if name in results}))

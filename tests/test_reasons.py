@@ -31,6 +31,16 @@ def test_reasons_name_what_is_wrong():
 
     assert "called by keyword" in trace(Named(), X).explain("b")
 
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.rnn = nn.Conv1d(3, 8, 3), nn.LSTM(8, 4)
+
+        def forward(self, x):
+            return self.rnn(nn.utils.rnn.pack_padded_sequence(self.a(x).permute(2, 0, 1), [4, 3]))[0].data
+
+    assert "takes a PackedSequence" in trace(Packed(), torch.randn(2, 3, 6)).explain("rnn")
+
 
 def line_of(function, offset=1):
     """'file.py:12', so many lines below the function's first."""

@@ -1,5 +1,7 @@
 """Shapes are those that torch's own kernels give; what is one value everywhere is computed once, and the same."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -106,6 +108,21 @@ def layer_norm(draw):
     return aten.native_layer_norm, (draw(tensors(shape, [torch.float32])), own, weight, bias, 1e-5)
 
 
+@st.composite
+def group_norm(draw):
+    count, channels, *space = shape = draw(st.lists(sizes, min_size=2, max_size=4))
+    weight, bias = (draw(st.one_of(st.none(), tensors([channels + draw(st.booleans())], [torch.float32]))) for _ in range(2))
+    x = draw(tensors(shape, [torch.float32]))
+    return aten.native_group_norm, (x, weight, bias, count, channels, math.prod(space), draw(st.integers(1, 5)), 1e-5)
+
+
+@st.composite
+def softmax(draw):
+    func = draw(st.sampled_from([aten._softmax, aten._log_softmax, aten._safe_softmax]))
+    options = () if func is aten._safe_softmax else (False,)
+    return func, (draw(tensors(draw(shapes))), draw(st.integers(-5, 4)), *options)
+
+
 def outcome(function, arguments):
     try:
         out = function(*arguments)
@@ -119,7 +136,7 @@ def steps(t):
     return [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1] if t.numel() else []
 
 
-@pytest.mark.parametrize("draw", [arithmetic, unary, mean, cat, convolution, addmm, layer_norm])
+@pytest.mark.parametrize("draw", [arithmetic, unary, mean, cat, convolution, addmm, layer_norm, group_norm, softmax])
 def test_shapes_are_those_of_torch(draw):
     @settings(max_examples=300, deadline=None)
     @given(draw())

@@ -56,6 +56,7 @@ def stays(function, reason):
 
 
 C = 1  # the channels' dimension
+KEYS = torch.linspace(-1, 1, 5 * 256).view(1, 5, 256).sin().expand(2, -1, -1)
 
 
 def inplace_mul(y):
@@ -150,6 +151,10 @@ def test_a_count_of_channels_used_as_a_number_keeps_them(function):
         lambda y: y.gather(3, torch.arange(16).flip(0).expand_as(y)),
         lambda y: y * y[:, :, :1, :1].sigmoid().expand_as(y),
         lambda y: F.max_unpool2d(*F.max_pool2d(y, 2, return_indices=True), 2),
+        lambda y: y.unsqueeze_(1).sigmoid().squeeze_(1),
+        lambda y: y.transpose_(1, 2).add(torch.zeros(1, 16, y.shape[2], 16)).transpose_(1, 2),
+        lambda y: y * torch.ones(y.shape[1]).unsqueeze_(1).unsqueeze_(2),
+        lambda y: F.scaled_dot_product_attention(y.flatten(2), KEYS, KEYS).view_as(y),
     ],
 )
 def test_what_leaves_channels_alone_lets_them_go(function):
@@ -349,6 +354,21 @@ def test_a_first_state_of_zeros_goes_with_what_it_becomes():
     exact(ConvLSTM(), torch.randn(2, 3, 3, 8, 8), 40)
 
 
+def test_zeros_that_are_joined_beside_the_channels_are_no_units():
+    """Tacotron's frames before the first."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.start, self.b = nn.Conv1d(3, 8, 3), nn.Linear(4, 8), nn.Conv1d(8, 2, 3)
+
+        def forward(self, x):
+            frames = torch.cat([torch.zeros(1, 4), torch.zeros(2, 4)])
+            return self.b(self.a(x) + self.start(frames).sum(0)[:, None])
+
+    exact(Net(), torch.randn(2, 3, 12), 8)
+
+
 def test_a_linear_layer_before_a_decoder_goes_by_the_channel():
     class Decoder(nn.Module):
         def __init__(self):
@@ -513,6 +533,40 @@ def test_culprits_are_found_by_halving(monkeypatch):
     monkeypatch.setattr(tracing.Rehearsal, "run", lambda *a: runs.append(1) or run(*a))
     graph = trace(Net(32).eval(), X)
     assert len(graph.groups) >= 32 and len(runs) <= 20
+
+
+def test_the_state_of_a_recurrent_layer_stays():
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.rnn, self.head = nn.Conv1d(3, 8, 3), nn.RNN(8, 7), nn.Linear(7, 4)
+
+        def forward(self, x):
+            return self.head(self.rnn(self.a(x).permute(2, 0, 1))[0])
+
+    assert "feeds them back" in exact(Reader(), torch.randn(2, 3, 12), 8).explain("rnn")
+
+
+class Upsample(nn.Module):
+    """Says how many channels it takes, as in diffusers."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.c, self.conv = c, nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        assert x.shape[1] == self.c
+        return self.conv(F.interpolate(x, scale_factor=2.0))
+
+
+def test_a_count_that_is_asserted_is_looked_for_where_it_is_asserted(monkeypatch):
+    import taylored._graph.tracing as tracing
+
+    runs, run = [], tracing.Rehearsal.run
+    monkeypatch.setattr(tracing.Rehearsal, "run", lambda *a: runs.append(1) or run(*a))
+    body = [nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU()) for _ in range(32)]
+    graph = exact(nn.Sequential(nn.Conv2d(3, 8, 1), *body, Upsample(8), nn.Conv2d(8, 4, 1)), X, 32 * 8 + 8)
+    assert "AssertionError" in graph.explain("32.0") and len(runs) <= 6
 
 
 class Siamese(nn.Module):

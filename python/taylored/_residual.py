@@ -103,7 +103,9 @@ class ResidualScorer(InputMoments):
         if places.shape[1] == 1:
             moments.coherence = 1.0
             variances = moments.over()[1].diagonal()
-            moments.coherence = max(1.0, float((coherent.diagonal() * variances).sum() / (weights.diagonal() * variances).sum().clamp(min=1e-300)))
+            moments.coherence = max(
+                1.0, float((coherent.diagonal() * variances).sum() / (weights.diagonal() * variances).sum().clamp(min=1e-300))
+            )
 
         def error(share):
             return sum(float((residuals(fit, test, share) * weights.diagonal()).sum()) for fit, test in moments.halves())

@@ -91,6 +91,8 @@ def assemble(traced: Traced, component: np.ndarray, bundled: np.ndarray | None =
     """The graph with the given component of every label, [total + 1]. bundled: which labels are in bundles, whose units may be
     one of a kind."""
     tracer, tensors, total = traced.tracer, traced.tensors, traced.total
+    owned = max((start + tensors[name].shape[d] for (name, d), start in traced.offsets.items()), default=0)
+    component = np.where(component < owned, component, FIXED)  # zeros that meet no tensor of the model's are no unit
     bundled = np.zeros(total + 1, dtype=bool) if bundled is None else bundled
 
     def of(label):

@@ -14,7 +14,7 @@ from torch import nn
 
 from taylored._errors import TraceError
 from taylored._graph.labels import Labels, along_axis, tensors_of
-from taylored._graph.moves import opaque
+from taylored._graph.moves import movement, opaque
 from taylored._graph.numbers import Numbers
 from taylored._graph.rules import noise, rule_of, uniform
 from taylored._graph.shapes import BIAS_ONLY, SHAPES, is_elementwise, packets, sparing
@@ -128,6 +128,7 @@ class LabelMode(Labels, TorchDispatchMode):
                 kwargs["device"] = torch.device("meta")
         else:
             self.seen |= self.owned.intersection(map(id, tensors_of(args, kwargs)))
+        seen = self._with_alias(args) if torch.Tag.inplace_view in func.tags else args
         packet, table = func.overloadpacket, INSTEAD[self.values]
         instead = None if kwargs else table.get(packet)
         if instead is None and self.values == "some":
@@ -138,11 +139,20 @@ class LabelMode(Labels, TorchDispatchMode):
         if self.values == "none" and (found := self.numbers.of(func, given, given_kwargs, out, self.owned)):
             self.computed_with((self.where(), str(packet)), found, args, kwargs)
         self.dynamic |= torch.Tag.dynamic_output_shape in func.tags
-        dimensions = self.carry(func, args, kwargs, out) if self.labelled else None
+        dimensions = self.carry(func, seen, kwargs, out) if self.labelled else None
         if packet in flop_registry:
             flops = self.steps * flop_registry[packet](*args, **kwargs, out_val=out)
             self.counted(flops, [d for d in dimensions or () if d is not None])
         return out
+
+    def _with_alias(self, args):
+        """The arguments of an operator that gives the first one another shape, as a rule must see them: with the old shape, and
+        the labels that belong to it."""
+        x, alias = args[0], args[0].detach()
+        self.set(alias, self.get(x))
+        self.set(x, ())
+        self.share_uniform(alias, x)
+        return (alias, *args[1:])
 
     def computed_with(self, place: tuple[str, str], numbers, args, kwargs) -> None:
         """An operator computed with numbers; place: module and operator."""
@@ -157,7 +167,7 @@ class LabelMode(Labels, TorchDispatchMode):
         else:
             name = operator_name(func)
             opaque(self, args, kwargs, out, f'{name} in {self.where()!r} has no rule: taylored.trace_rule("{name}") can add one')
-        if writes(func) and args and isinstance(args[0], torch.Tensor) and self.is_uniform(args[0]):
+        if writes(func) and rule is not movement and args and isinstance(args[0], torch.Tensor) and self.is_uniform(args[0]):
             others = tensors_of(args[1:], kwargs)
             alike = is_elementwise(func) and all(t.numel() == 1 or self.is_uniform(t) for t in others)
             self.set_uniform(args[0], not self.is_part(args[0]) and (rule in (uniform, noise) or alike))

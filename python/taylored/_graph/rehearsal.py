@@ -6,6 +6,7 @@ A `Rehearsal` runs it as a plan would leave it and checks that shapes and labels
 
 import dataclasses
 import itertools
+import sys
 import weakref
 
 import numpy as np
@@ -41,6 +42,7 @@ class Rehearsal(LabelMode):
         self.shapes = {n: tuple(self.sizes.get((n, d), s) for d, s in enumerate(shape)) for n, shape in graph.shapes.items()}
         self.flops, self.count = 0, itertools.count()
         self.blamed: set[int] = set()  # the components that met at the fault
+        self.failed: list[tuple] = []  # the arguments of the modules whose forward failed, innermost first
 
     def run(self, model, traced: Pass) -> None:
         """Raises TraceError with the file and line of the forward that does not follow its input's number of channels."""
@@ -76,13 +78,16 @@ class Rehearsal(LabelMode):
                 tensor = tensor.index_select(d, self.keep[name, d].to(tensor.device))
         return tensor
 
+    def leave_module(self, module, args, output):
+        if sys.exc_info()[0] is not None:
+            self.failed.append(args)
+        return super().leave_module(module, args, output)
+
     def execute(self, func, args, kwargs):
         try:
             return super().execute(func, args, kwargs)
         except Exception:
-            for tensor in () if self.blamed else tensors_of(args, kwargs):
-                for label in self.get(tensor):
-                    self._blame(label)
+            self.blamed = self.blamed or self._free(tensors_of(args, kwargs))
             raise
 
     def unite(self, a, b):
@@ -93,14 +98,21 @@ class Rehearsal(LabelMode):
             raise TraceError(f"{self.line()}: channels that do not belong together meet")
 
     def freeze(self, label, reason):
-        if self._blame(label):
+        if found := self._free_of(label):
+            self.blamed |= found
             raise TraceError(f"{self.line()}: {reason}")
 
-    def _blame(self, label) -> bool:
-        """Note which of the components in a label were free to go; whether there are any."""
-        found = {int(c) for c in self.components[label.reshape(-1)].unique()} - {FIXED} - self.graph.frozen.keys()
-        self.blamed |= found
-        return bool(found)
+    @property
+    def suspects(self) -> set[int]:
+        """The components that came into the innermost module whose forward failed, of those that any came into."""
+        return next(filter(None, (self._free(tensors_of(args, {})) for args in self.failed)), set())
+
+    def _free_of(self, label) -> set[int]:
+        """Which of the components in a label were free to go."""
+        return {int(c) for c in self.components[label.reshape(-1)].unique()} - {FIXED} - self.graph.frozen.keys()
+
+    def _free(self, tensors) -> set[int]:
+        return set().union(*(self._free_of(label) for tensor in tensors for label in self.get(tensor)))
 
     def counted(self, flops, dimensions):
         self.flops += flops
@@ -114,9 +126,7 @@ class Rehearsal(LabelMode):
         super().computed_with(place, numbers, args, kwargs)
         calls, number = self.expected.get(place, ()), len(self.numbers.noted[place]) - 1
         if number < len(calls) and differ(numbers, calls[number]):
-            for tensor in tensors_of(args, kwargs):
-                for label in self.get(tensor):
-                    self._blame(label)
+            self.blamed |= self._free(tensors_of(args, kwargs))
             raise TraceError(f"{self.line()}: {place[1]} computes with another number where there are fewer channels")
 
 

@@ -115,6 +115,17 @@ def layer_norm_shapes(func, x, shape, weight, bias, eps):
     return func(x, shape, weight, bias, eps)
 
 
+def group_norm_shapes(func, x, weight, bias, count, channels, positions, groups, eps):
+    fits = all(t is None or t.shape == (channels,) for t in (weight, bias))
+    if fits and x.shape[:2] == (count, channels) and groups > 0 and channels % groups == 0 and usual(x, weight, bias):
+        return empty(x, x.shape), empty(x, (count, groups)), empty(x, (count, groups))
+    return func(x, weight, bias, count, channels, positions, groups, eps)
+
+
+def softmax_shape(func, x, dim, *options):
+    return empty(x, x.shape) if usual(x) and -x.ndim <= dim < x.ndim and not any(options) else func(x, dim, *options)
+
+
 def batch_norm_shapes(func, x, *others):
     if any(isinstance(t, torch.Tensor) and t.shape != x.shape[1:2] for t in others):
         raise RuntimeError(f"batch norm: {x.shape[1]} channels meet {[tuple(t.shape) for t in tensors_of(others, {})]}")
@@ -199,6 +210,8 @@ SHAPES = {
     **_instead(convolution_shape, "convolution"),
     **_instead(addmm_shape, "addmm"),
     **_instead(layer_norm_shapes, "native_layer_norm"),
+    **_instead(group_norm_shapes, "native_group_norm"),
+    **_instead(softmax_shape, "_softmax", "_log_softmax", "_safe_softmax"),
     **_instead(batch_norm_shapes, "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
     **_instead(grid_sampler_shape, "grid_sampler_2d", "grid_sampler_3d"),
 }

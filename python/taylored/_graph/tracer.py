@@ -121,6 +121,8 @@ class Tracer(LabelMode):
         standard = is_layer and args and isinstance(args[0], torch.Tensor)
         if is_layer and not standard:
             why = f"{self.where()!r} is called by keyword: give it its input as the first argument"
+            if args:  # a PackedSequence
+                why = f"{self.where()!r} takes a {type(args[0]).__name__}, which is no tensor"
             for label in (contracted, filters):
                 if label is not None:
                     self.freeze(label, why)
@@ -128,6 +130,8 @@ class Tracer(LabelMode):
             facts = Application(filters, outputs, why, None, is_convolution, 1 if is_convolution else -1, 1, call)
             self.applications.setdefault(self.where(), []).append(facts)
             return
+        if isinstance(module, nn.RNNBase) and filters is not None:  # one step does not show that they come back
+            self.freeze(filters, f"the recurrent layer {self.where()!r} feeds them back to itself")
         if standard and is_convolution and args[0].ndim < module.weight.ndim:
             for label in (contracted, filters):
                 if label is not None:

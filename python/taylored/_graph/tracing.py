@@ -189,7 +189,7 @@ def _hard_coded(model, graph: ChannelGraph, places_matter: bool) -> dict[int, st
     computes with it. places_matter: labels can tell more than shapes do, of which half as much is to be computed."""
 
     def without(parts, labelled):
-        """None, or what goes wrong when the parts (group name -> units) are gone, and who is to blame."""
+        """None, or what goes wrong when the parts (group name -> units) are gone, who is to blame, and who may be."""
         removed = {name: torch.arange(count) for part in parts for name, count in part.items()}
         costs = graph.flops_without(removed)
         for traced in graph.passes:
@@ -199,7 +199,7 @@ def _hard_coded(model, graph: ChannelGraph, places_matter: bool) -> dict[int, st
             except TraceError as error:
                 if traced.values != VALUES[-1] and looks_at_data(error) and not any(d.is_meta for d in model.parameters()):
                     raise LooksAtData from error
-                return str(error), mode.blamed
+                return str(error), mode.blamed, mode.suspects
         return None
 
     def culprits(parts) -> list[tuple[dict[str, int], str]]:
@@ -223,14 +223,16 @@ def _hard_coded(model, graph: ChannelGraph, places_matter: bool) -> dict[int, st
         parts.append({name: count for name, count in graph.lost_units(narrow).items() if count})
     if not places_matter and (not parts + last or without(parts + last, labelled=False) is None):
         return {}
+    near: list[dict[str, int]] = []  # who is asked first
     fault = without(parts, labelled=True) if parts else None
     if fault is None and last:
-        parts, fault = parts + last, without(parts + last, labelled=False)
+        parts, near, fault = parts + last, last, without(parts + last, labelled=False)
     if fault is None:
         return {}
-    reason, blamed = fault
+    reason, blamed, suspects = fault
     members = {g.name: graph.members(g) for g in graph.groups}
     if blamed:  # all units of a group are alike
         return dict.fromkeys(blamed | {c for mine in members.values() if blamed & set(mine) for c in mine}, reason)
-    found = culprits(parts) or [(part, reason) for part in parts]  # with labels alone
+    near = near or [part for part in parts if any(suspects & set(members[name]) for name in part)]
+    found = (near and culprits(near)) or culprits(parts) or [(part, reason) for part in parts]  # the last: with labels alone
     return {c: why for part, why in found for name in part for c in members[name]}
