@@ -7,6 +7,7 @@ then, and the places are positions.
 """
 
 import functools
+import inspect
 from collections.abc import Iterable
 
 import torch
@@ -14,12 +15,12 @@ from torch import nn
 
 from taylored._graph.values import ChannelGraph, check_fit
 from taylored._modules import CONVOLUTIONS, Inputs, data_parallel, in_mode, run_on, unwrapped
-from taylored._torch_compat import current_backward, watch_hooks
+from taylored._torch_compat import current_backward, own_tensors, watch_hooks
 
 FOLDS = 2
 POSITIONS = 128  # of each example, at most, evenly spread: neighbours say much the same
 MOST = 4096  # channels of an input, of which FOLDS x C x C numbers are kept
-RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)  # shares of each channel's variance
+RIDGES = (1e-12, 1e-6, 1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)  # shares of each channel's variance
 
 
 class Moments:
@@ -30,8 +31,6 @@ class Moments:
         self.rows = torch.zeros(FOLDS, dtype=torch.float64, device=device)
         self.sums = torch.zeros(FOLDS, channels, dtype=torch.float64, device=device)
         self.products = torch.zeros(FOLDS, channels, channels, dtype=torch.float64, device=device)
-        self.between = torch.zeros_like(self.products)  # the same of each example's mean
-        self.coherence = 1.0
         self.pivot = torch.zeros(channels, dtype=torch.float64, device=device)
         self.examples = 0
 
@@ -45,8 +44,6 @@ class Moments:
             self.rows[fold] += len(mine)
             self.sums[fold] += mine.sum(0, dtype=torch.float64)
             self.products[fold] += mine.T @ mine
-            means = x[(fold - self.examples) % FOLDS :: FOLDS].mean(1)
-            self.between[fold] += (means.T @ means).double() * x.shape[1]
         self.examples += len(x)
 
     def __iadd__(self, other: "Moments") -> "Moments":
@@ -55,7 +52,6 @@ class Moments:
         sums = other.sums + other.rows[:, None] * move
         cross = other.sums[:, :, None] * move + move[:, None] * sums[:, None, :]
         self.products += other.products + cross
-        self.between += other.between + cross
         self.sums += sums
         self.rows += other.rows
         self.examples += other.examples
@@ -67,12 +63,11 @@ class Moments:
         chosen = list(range(FOLDS) if folds is None else folds)
         rows = self.rows[chosen].sum().clamp(min=1)
         mean = self.sums[chosen].sum(0) / rows
-        products = self.products[chosen].sum(0) + (self.coherence - 1) * self.between[chosen].sum(0)
-        covariance = products / rows - self.coherence * mean[:, None] * mean
+        covariance = self.products[chosen].sum(0) / rows - mean[:, None] * mean
         mean = mean + self.pivot
         if centred:
             return mean, covariance
-        return torch.zeros_like(mean), covariance + self.coherence * mean[:, None] * mean
+        return torch.zeros_like(mean), covariance + mean[:, None] * mean
 
     def halves(self, centred: bool = True):
         """(covariance to fit on, covariance to judge by), for every fold that is left out; none where a fold is empty."""
@@ -164,7 +159,7 @@ class InputMoments:
 
     def _is_plain(self, name) -> bool:
         module = self.model.get_submodule(name)
-        return isinstance(module, (*CONVOLUTIONS, nn.Linear)) and "weight" in module._parameters
+        return isinstance(module, (*CONVOLUTIONS, nn.Linear)) and "weight" in dict(own_tensors(module))
 
     def __enter__(self):
         if self._handles:
@@ -209,17 +204,24 @@ class InputMoments:
         return everywhere
 
 
+def check_inputs(model: nn.Module, batch) -> None:
+    """Raises ValueError for what the model cannot be called with, such as a pair of inputs and targets."""
+    if isinstance(batch, (tuple, list)):
+        try:
+            inspect.signature(model.forward).bind(*batch)
+        except TypeError as error:
+            raise ValueError(
+                f"a batch has {len(batch)} parts, with which the model cannot be called ({error}): give inputs alone, as in "
+                "[inputs for inputs, targets in loader]"
+            ) from error
+
+
 def measure(model: nn.Module, graph: ChannelGraph, batches: Iterable[Inputs]) -> InputMoments:
     """The moments of a model in eval mode, in one sweep over batches of inputs in the forms of `example_inputs`. Raises
     ValueError for pairs of inputs and targets, and if there are no batches."""
-    taken = len(graph.passes[0].args)
     with InputMoments(model, graph) as measured, in_mode(model, training=False), torch.no_grad():
         for batch in batches:
-            if isinstance(batch, (tuple, list)) and len(batch) > taken:
-                raise ValueError(
-                    f"a batch has {len(batch)} parts, but the model was traced with {taken} inputs: give inputs alone, as in "
-                    "[inputs for inputs, targets in loader]"
-                )
+            check_inputs(model, batch)
             run_on(model, batch)
     if not measured.moments and measured.places:
         raise ValueError("there are no batches to measure the inputs of layers on")

@@ -34,8 +34,7 @@ class ResidualScorer(InputMoments):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
         super().__init__(model, graph)
         self.loss_reduction = loss_reduction
-        # consumer -> [2, outputs, outputs]: sums over examples of sum_p g_p g_p' and of (sum_p g_p) (sum_p g_p)', p its positions
-        self.fisher: dict[str, torch.Tensor] = {}
+        self.fisher: dict[str, torch.Tensor] = {}  # consumer -> [outputs, outputs]: sums over examples and positions of g g'
         self._examples: dict[str, int] = {}
 
     def __enter__(self) -> "ResidualScorer":
@@ -60,10 +59,9 @@ class ResidualScorer(InputMoments):
 
     def _arrived(self, name, convolves, g) -> None:
         examples = len(g)
-        g = g.flatten(2) if convolves else g.reshape(examples, -1, g.shape[-1]).transpose(1, 2)  # [examples, outputs, positions]
+        g = g.flatten(2).transpose(0, 1).flatten(1) if convolves else g.reshape(-1, g.shape[-1]).T  # [outputs, positions]
         g = g * examples if self.loss_reduction == "mean" else g
-        each, whole = g.transpose(0, 1).flatten(1), g.sum(2).T
-        found = torch.stack([each @ each.T, whole @ whole.T]).double()
+        found = (g @ g.T).double()
         self.fisher[name] = self.fisher[name] + found if name in self.fisher else found
         self._examples[name] = self._examples.get(name, 0) + examples
 
@@ -98,14 +96,7 @@ class ResidualScorer(InputMoments):
                 torch.distributed.all_reduce(total, group=self.parallel.process_group)
         if not fisher.isfinite().all():
             raise FloatingPointError(f"the gradient at the output of {name!r} is not finite")
-        module, places = self.model.get_submodule(name), self.places[name]
-        weights, coherent = (quadratic(module, places, f / examples) for f in fisher)
-        if places.shape[1] == 1:
-            moments.coherence = 1.0
-            variances = moments.over()[1].diagonal()
-            moments.coherence = max(
-                1.0, float((coherent.diagonal() * variances).sum() / (weights.diagonal() * variances).sum().clamp(min=1e-300))
-            )
+        weights = quadratic(self.model.get_submodule(name), self.places[name], fisher / examples)
 
         def error(share):
             return sum(float((residuals(fit, test, share) * weights.diagonal()).sum()) for fit, test in moments.halves())

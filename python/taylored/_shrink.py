@@ -13,6 +13,7 @@ from taylored._compact import Averages, compact
 from taylored._graph.tracing import trace
 from taylored._graph.values import ChannelGraph
 from taylored._modules import Inputs, check_module, run_on, still, tensors_in
+from taylored._moments import check_inputs
 from taylored._optimizers import Optimizers
 from taylored._plan import PrunePlan
 from taylored._planning import Ignored, make_plan
@@ -59,6 +60,7 @@ def shrink(
     first = next(iter(batches), None)
     if first is None:
         raise ValueError("batches is empty")
+    check_inputs(model, first)
     examples = first_examples(first)
     whole = graph = trace(model, examples)
     plan = PrunePlan.of(graph, {})

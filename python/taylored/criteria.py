@@ -19,6 +19,7 @@ from taylored import ops
 from taylored._graph.values import ChannelGraph, Group, check_fit
 from taylored._modules import batch_norms, count_examples, in_mode, run_on, still, unwrapped
 from taylored._oracle.measure import oracle
+from taylored._residual import ResidualScorer
 from taylored._score import TaylorScorer
 
 Scores = dict[str, torch.Tensor]
@@ -89,6 +90,15 @@ def _hessian_roots(loss_fn, output, targets) -> torch.Tensor:
     for root, part in zip(roots.split(count, 1), parts, strict=True):
         root[: len(part)] = part.reshape(len(part), -1, *output.shape[1:])
     return roots
+
+
+def residual(model: nn.Module, graph: ChannelGraph, batches: Iterable, loss_fn: Callable) -> Scores:
+    """The loss that a unit leaves behind when its consumers are mended, as `ResidualScorer` measures it, with the Fisher
+    information of the given loss (Hassibi and Stork, NIPS 1992, equation 5)."""
+    with still(model), ResidualScorer(model, graph) as scorer:
+        for inputs, targets in batches:
+            loss_fn(run_on(model, inputs), targets).backward()
+    return scorer.scores()
 
 
 # -- from the activations ----------------------------------------------------------------------------------------------
@@ -305,6 +315,7 @@ CRITERIA: dict[str, Criterion] = {
     "taylor": Criterion(functools.partial(taylor, reduction="abs"), _costs(1, 1)),
     "taylor-batch": Criterion(functools.partial(taylor, reduction="batch"), _costs(1, 1)),
     "taylor-square": Criterion(functools.partial(taylor, reduction="square"), _costs(1, 1)),
+    "residual": Criterion(residual, _costs(1, 1)),
     "obd": Criterion(obd, lambda units, outputs: (1, min(max(outputs - 1, 1), PROBES))),
     "activation-mean": Criterion(activation_mean, _costs(1, 0)),
     "activation-std": Criterion(activation_std, _costs(1, 0)),
