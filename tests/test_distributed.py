@@ -68,10 +68,24 @@ def by_the_loop(folder, world=1, rank=0):
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     result = taylored.prune(
         model, batches(rank, world), cross_entropy, optimizer, nets.inputs(dtype=torch.float64), target_flops=0.5, rounds=3,
-        final_epochs=1, freeze_statistics=True, progress=False, checkpoint=folder / f"{world}.safetensors",
+        final_epochs=1, freeze_statistics=True, progress=False, mend=0, checkpoint=folder / f"{world}.safetensors",
         wrap=DistributedDataParallel if world > 1 else None,
     )  # fmt: skip
     return result.plan.digest, model.state_dict()
+
+
+def mended(world=1, rank=0):
+    """Each process measures its own share; all end with the same bits. Scores, moments over all folds, and the model."""
+    model = net("residual")
+    runner = DistributedDataParallel(model) if world > 1 else model
+    graph = taylored.trace(model, nets.inputs(dtype=torch.float64))
+    with taylored.ResidualScorer(runner, graph) as scorer:
+        for inputs, targets in batches(rank, world):
+            cross_entropy(runner(inputs), targets).backward()
+    moments = {name: found.over() for name, found in scorer.collected().items()}
+    scorer.scores()
+    taylored.compact(runner, taylored.random_plan(graph, 0.5), mend=scorer)
+    return moments, model.state_dict()
 
 
 def disagreement(rank):
@@ -94,6 +108,7 @@ def work(folder):
     rank, world = dist.get_rank(), dist.get_world_size()
     found = {f"{case}": by_hand(*case, world, rank) for case in CASES}
     found["loop"] = by_the_loop(folder, world, rank)
+    found["mended"] = mended(world, rank)
     found["disagreement"] = disagreement(rank)
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()
@@ -138,6 +153,15 @@ def test_the_loop_on_two_processes_ends_where_it_does_on_one(ranks, folder):
     fresh = net("residual")
     taylored.load(fresh, folder / "2.safetensors")
     close(fresh.state_dict(), ranks[0]["loop"][1])
+
+
+def test_processes_mend_with_the_moments_of_all_and_to_the_same_bits(ranks):
+    moments, _ = mended()
+    (theirs, first), (_, second) = (found["mended"] for found in ranks)
+    for name, expected in moments.items():
+        for a, b in zip(theirs[name], expected, strict=True):
+            torch.testing.assert_close(a, b)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_processes_with_different_plans_are_refused(ranks):

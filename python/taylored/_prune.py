@@ -4,6 +4,7 @@
 checkpoint, from which the same call resumes. arXiv:1611.06440, section 2.
 """
 
+import collections
 import dataclasses
 import json
 import math
@@ -26,6 +27,7 @@ from taylored._modules import Inputs, batch_norms, data_parallel, in_mode, run_o
 from taylored._optimizers import is_json, parameters_of, rule_of, state_in_file, take_state
 from taylored._plan import PrunePlan
 from taylored._planning import Ignored, make_plan, named_entries
+from taylored._residual import ResidualScorer
 from taylored._score import TaylorScorer
 from taylored._torch_compat import tree_map_only
 
@@ -57,6 +59,7 @@ def prune(
     final_epochs: int = 5,
     evaluate: Callable[[nn.Module], float] | None = None,
     scheduler: Any = None,
+    criterion: str = "taylor",
     reduction: str = "abs",
     normalize: str = "l2",
     flops_weight: float = 1e-3,
@@ -69,26 +72,29 @@ def prune(
     checkpoint: str | os.PathLike | None = None,
     resume: bool = False,
     verify: bool = True,
+    mend: int = 8,
     wrap: Callable[[nn.Module], nn.Module] | None = None,
     log: Callable[[dict], None] | None = None,
     progress: bool = True,
 ) -> PruneResult:
     """Prune a model to a budget while it trains; the model, its optimizer and its averages shrink in place.
 
-    train_loader yields (inputs, targets); the loss is loss_fn(model(inputs), targets), a mean over the batch; a tuple
-    of inputs is model(*inputs), a dict model(**inputs). Exactly one of target_flops, target_params (what remains: a
-    fraction of the original, or an absolute number) and remove_units.
-    Each of `rounds` rounds trains `round_epochs` epochs with scores in the backward pass, then removes its share;
-    `final_epochs` follow. evaluate(model) -> accuracy runs in eval mode without gradients before the first round, after
-    every round and after every final epoch. scheduler: stepped after every update (see `updates`). normalize,
-    flops_weight, round_to, min_units, max_ratio, ignore: as for `make_plan`; reduction: as for `TaylorScorer`; also: as
-    for `compact`. freeze_statistics: batch norm uses its running statistics while it trains and leaves them as they are,
-    its weight and bias learn on: for fine-tuning on data too few to estimate statistics anew. checkpoint: a file, written
-    atomically after every round and final epoch; resume: start from it if it is there, given the original model. verify:
-    prove every cut on up to four examples of the round's last batch before it is made, as `compact(verify=)` does. wrap:
-    what the model is trained in, `DistributedDataParallel` or `torch.compile`; called with the model at the start and after
-    every cut. With DistributedDataParallel every process calls prune, with its own share of the data; scores are summed,
-    the plans compared, and the first process writes the checkpoint. log is called with each entry of the history.
+    train_loader yields (inputs, targets); the loss is loss_fn(model(inputs), targets), a mean over the batch; a tuple of inputs
+    is model(*inputs), a dict model(**inputs). Exactly one of target_flops, target_params (what remains: a fraction of the
+    original, or an absolute number) and remove_units. Each of `rounds` rounds trains `round_epochs` epochs with scores in the
+    backward pass, then removes its share; `final_epochs` follow. evaluate(model) -> accuracy runs in eval mode without gradients
+    before the first round, after every round and after every final epoch. scheduler: stepped after every update (see `updates`).
+    normalize, flops_weight, round_to, min_units, max_ratio, ignore: as for `make_plan`; reduction: as for `TaylorScorer`; also:
+    as for `compact`. criterion: "taylor", or "residual" (`ResidualScorer`), whose scores are compared per FLOP saved, without
+    normalize and flops_weight. mend: at every cut, on the inputs of so many of the round's last batches (with "residual", on all
+    of the round's), as `compact(mend=)` does; 0: not at all. freeze_statistics: batch norm uses its running statistics while it
+    trains and leaves them as they are, its weight and bias learn on: for fine-tuning on data too few to estimate statistics anew.
+    checkpoint: a file, written atomically after every round and final epoch; resume: start from it if it is there, given the
+    original model. verify: prove every cut on up to four examples of the round's last batch before it is made, as
+    `compact(verify=)` does. wrap: what the model is trained in, `DistributedDataParallel` or `torch.compile`; called with the
+    model at the start and after every cut. With DistributedDataParallel every process calls prune, with its own share of the
+    data; scores are summed, the plans compared, and the first process writes the checkpoint. log is called with each entry of the
+    history.
 
     Raises, before anything is trained, ValueError for unusable arguments, PlanError for a budget that cannot be met and
     TraceError for a model that cannot run with fewer channels; FloatingPointError when the loss is not finite: that
@@ -100,23 +106,28 @@ def prune(
         raise ValueError(
             f"rounds must be >= 1, round_epochs > 0, final_epochs >= 0; got {rounds}, {round_epochs}, {final_epochs}"
         )
+    if criterion not in ("taylor", "residual"):
+        raise ValueError(f"criterion must be 'taylor' or 'residual', got {criterion!r}")
+    if not isinstance(mend, int) or mend < 0:
+        raise ValueError(f"mend must be a number of batches, got {mend!r}")
     _check_checkpoint(checkpoint, resume)
     if evaluate is not None and not callable(evaluate):
         raise TypeError(f"evaluate must be a function of the model, got {type(evaluate).__name__}")
     graph = trace(model, example_inputs)
     options: dict[str, Any] = {"normalize": normalize, "flops_weight": flops_weight, "round_to": round_to}
-    options |= {"min_units": min_units, "max_ratio": max_ratio, "ignore": ignore}
+    options |= {"min_units": min_units, "max_ratio": max_ratio, "ignore": ignore, "per_flop": criterion == "residual"}
     budget = _Budget(graph, rounds, target_flops, target_params, remove_units)
     any_scores = {g.name: torch.ones(g.units) for g in graph.groups}
     make_plan(graph, any_scores, **budget.of_round(rounds, graph), **options)  # whether the goal can be met
     TaylorScorer(model, graph, reduction=reduction)
 
     settings = {**budget.given, **options, "rounds": rounds, "round_epochs": round_epochs, "reduction": reduction}
+    settings |= {"criterion": criterion, "mend": mend}
     settings |= {"ignore": sorted(str(name) for _, name in named_entries(graph, ignore))}
     settings = json.loads(json.dumps(settings | {"freeze_statistics": freeze_statistics}))  # as it comes back from the file
     run = _Run(model, graph, optimizer, scheduler, wrap or _bare, evaluate, checkpoint, settings, log)
     run.start(resume)
-    batches = _Batches(train_loader, device)
+    batches = _Batches(train_loader, device, max(1, mend))
 
     def train(updates, title):
         run.model.train()
@@ -127,11 +138,18 @@ def prune(
 
     for number in range(run.steps_done + 1, rounds + 1):
         since = time.perf_counter()
-        with TaylorScorer(run.runner, run.current, reduction=reduction) as scorer:
+        batches.latest.clear()
+        scorer: TaylorScorer | ResidualScorer = (
+            TaylorScorer(run.runner, run.current, reduction=reduction)
+            if criterion == "taylor"
+            else ResidualScorer(run.runner, run.current)
+        )
+        with scorer:
             loss = train(max(1, round(round_epochs * steps)), f"round {number}/{rounds}")
         scores = scorer.scores()
-        proof = batches.latest if verify else None
-        run.cut(make_plan(run.current, scores, **budget.of_round(number, run.current), **options), also, proof)
+        proof = batches.latest[-1] if verify else None
+        seen = None if not mend else scorer if isinstance(scorer, ResidualScorer) else list(batches.latest)
+        run.cut(make_plan(run.current, scores, **budget.of_round(number, run.current), **options), also, proof, seen)
         told = {name: [float(f"{v:.6g}") for v in s.tolist()] for name, s in scores.items()}
         run.finished("round", loss, since, round=number, kept=run.plan.kept, scores=told)
     for epoch in range(run.steps_done - rounds + 1, final_epochs + 1):
@@ -175,8 +193,8 @@ class _Run:
         if not self.history:
             self.finished("start", None, time.perf_counter())
 
-    def cut(self, plan: PrunePlan, also, proof) -> None:
-        compact(self.runner, plan, optimizer=self.optimizer, also=also, verify=proof)
+    def cut(self, plan: PrunePlan, also, proof, mend) -> None:
+        compact(self.runner, plan, optimizer=self.optimizer, also=also, verify=proof, mend=mend)
         self.runner = self.wrap(self.model)
         self.plan, self.current = self.plan.then(plan), self.current.after(plan.removed)
 
@@ -303,8 +321,9 @@ def _length(loader) -> int:
 class _Batches:
     """A loader's batches on the model's device, over and over."""
 
-    def __init__(self, loader, device: torch.device):
-        self.loader, self.device, self.rest, self.latest = loader, device, iter(()), None
+    def __init__(self, loader, device: torch.device, kept: int):
+        self.loader, self.device, self.rest = loader, device, iter(())
+        self.latest: collections.deque = collections.deque(maxlen=kept)  # inputs
 
     def __next__(self):
         batch = next(self.rest, None)
@@ -316,7 +335,7 @@ class _Batches:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise ValueError(f"train_loader must yield (inputs, targets), got {type(batch).__name__}")
         inputs, targets = (_to(part, self.device) for part in batch)
-        self.latest = inputs
+        self.latest.append(inputs)
         return inputs, targets
 
 
