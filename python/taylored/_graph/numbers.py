@@ -11,7 +11,7 @@ import hashlib
 import torch
 
 from taylored._graph.labels import tensors_of
-from taylored._graph.shapes import VIEWS, packets
+from taylored._graph.shapes import VIEWS, aten, packets
 from taylored._torch_compat import tree_map_only, writes
 
 MOST = 100_000  # elements of a tensor whose values are followed
@@ -25,7 +25,7 @@ SIZES = FACTORIES.union(
     VIEWS,
     packets("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"),
     packets("expand", "as_strided", "repeat", "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk"),
-    packets("slice", "narrow", "select", "convolution", "native_group_norm", "native_layer_norm", "constant_pad_nd", "unfold"),
+    packets("slice", "narrow", "select", "convolution", "native_layer_norm", "constant_pad_nd", "unfold"),
     packets("permute", "transpose", "squeeze", "unsqueeze", "cat", "stack", "native_batch_norm", "rand", "randn"),
     packets("channel_shuffle", "unbind"),
 )
@@ -50,6 +50,8 @@ class Numbers:
             return ()
         if writes(func) and args and isinstance(args[0], torch.Tensor):  # and into what else sees it
             self._made.pop(id(args[0]), None)
+        if packet is aten.native_group_norm:
+            return (args[4] // args[6],)  # how many channels share statistics
         if packet in SIZES:
             return ()
         plain = tuple(a for a in (*args, *kwargs.values()) if type(a) in (int, float))

@@ -98,7 +98,9 @@ def unpooling(labels: Labels, func, args, kwargs, out):
 def at_points(labels: Labels, func, args, kwargs, out):
     """Pooling within boxes, sampling at points: the map's channels, dimension 1, go on, coordinates stay."""
     labels.freeze_all(args[1], f"coordinates in {labels.where()!r}")
-    labels.emit(out, 1, labels.take(args[0], 1, f"{func.overloadpacket} in {labels.where()!r} mixes positions that have labels"))
+    label = labels.take(args[0], 1, f"{func.overloadpacket} in {labels.where()!r} mixes positions that have labels")
+    for tensor in out if isinstance(out, (tuple, list)) else (out,):
+        labels.emit(tensor, 1, label)
 
 
 def gathered(labels: Labels, func, args, kwargs, out):
