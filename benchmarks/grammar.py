@@ -273,6 +273,12 @@ def normed(op, y):
     return op(y, ones, ones, *stats, False, 0.1, 1e-5)[0]
 
 
+def covariance(y):
+    """[N, C, C]"""
+    mean = y.mean((2, 3))
+    return mean[:, :, None] * mean[:, None]
+
+
 def blurred(y):
     kernel = torch.ones(1, 1, 3, 3, dtype=y.dtype) / 9
     return F.conv2d(y, kernel.expand(y.shape[1], -1, -1, -1), padding=1, groups=y.shape[1])
@@ -289,6 +295,10 @@ MORE = {
     "rrelu": lambda y: aten.rrelu_with_noise(y, torch.ones_like(y)),
     "zeroed": lambda y: y + y.clone().zero_(),
     "equal": lambda y: y if torch.equal(y, y.clone()) else -y,
+    "hardswish and leaky": lambda y: F.leaky_relu(F.hardswish(y)),
+    "item": lambda y: y * torch.ones(()).item(),
+    "number from data": lambda y: y / math.sqrt(y.shape[1]) * torch.ones(()).item(),
+    "pooled after a look": lambda y: spatial(F.adaptive_avg_pool2d(y * torch.ones(()).item(), 4)) * F.avg_pool1d(y[0], 1).mean(2)[None, ..., None].sigmoid(),
     "checked": checked,
     "fresh": fresh,
     "like": like,
@@ -310,7 +320,10 @@ MORE = {
     "expanded": lambda y: y.unsqueeze(2).expand(-1, -1, 3, -1, -1).mean(2),
     "squeezed": lambda y: y[:, :, None].squeeze(2).mT.mT,
     "pixels of channels": lambda y: F.interpolate(F.pixel_shuffle(y, 2), size=(SIZE, SIZE)).repeat(1, 4, 1, 1)[:, : y.shape[1]],
-    "outer": lambda y: scale(y, (y.mean((2, 3))[:, :, None] * y.mean((2, 3))[:, None]).flatten(1).view(len(y), 8, -1).mean(2)),
+    "outer": lambda y: scale(y, covariance(y).flatten(1).view(len(y), 8, -1).mean(2)),
+    "diagonal": lambda y: scale(y, covariance(y).diagonal(0, 1, 2)),
+    "shuffled rows": lambda y: torch.native_channel_shuffle(y.transpose(1, 2), 2).transpose(1, 2),
+    "mask of rows": lambda y: y[:, :, torch.ones(8, dtype=torch.bool)],
     "t": lambda y: scale(y, y.mean((2, 3)).t().sigmoid().t()),
     "windows": lambda y: spatial(y.unfold(2, 2, 2).mean(4)),
     "selected row": lambda y: y * y.select(2, 0).unsqueeze(2),
@@ -329,6 +342,8 @@ MORE = {
     "written by index": lambda y: written_at(fresh_like(y), (ROWS,), y * 2),
     "written over": lambda y: written_at(y.clone(), (ROWS,), y * 2),
     "written over, reversed": lambda y: written_at(y.clone(), (ROWS,), y.flip(1)),
+    "written line": lambda y: written_at(y.clone(), (ROWS,), torch.linspace(0, 1, 8, dtype=y.dtype)),
+    "written by mask": lambda y: written_at(y.clone(), (y > 1,), y.mean()),
     "written number": lambda y: written_at(y.clone(), (ROWS[:1],), 3.0),
     "written at channels": lambda y: written_at(y.clone(), (slice(None), ROWS), y[:, :2] * 2),
     "written at all channels": lambda y: written_at(fresh_like(y.mT).transpose(0, 1), (torch.arange(8),), y.transpose(0, 1)).transpose(0, 1),
@@ -344,11 +359,14 @@ MORE = {
     "pieces of constants": lambda y: torch.cat([a * b for a, b in zip(y.chunk(2, 1), torch.ones_like(y).chunk(2, 1))], 1),
     "pieces of examples": lambda y: torch.cat(y.split([1, 1], 0)[::-1], 0),
     "glu over rows": lambda y: F.glu(y.repeat(1, 1, 2, 1), 2),
+    "glu over columns": lambda y: aten.glu(y.repeat(1, 1, 1, 2)),
     "glu of itself": lambda y: spatial(F.glu(y.repeat(1, 2, 1, 1), 1)),
     "glu, reversed": lambda y: F.glu(torch.cat([y, y.flip(1)], 1), 1),
     "joined with zeros": lambda y: torch.cat([y, fresh_like(y)], 2)[:, :, :SIZE],
     "joined with a ramp": lambda y: torch.cat([y, torch.linspace(0, 1, 8, dtype=y.dtype).view(1, -1, 1, 1).expand(y.shape)], 2)[:, :, ::2],
     "joined with reversed rows": lambda y: torch.cat([y, y.flip(1)], 2)[:, :, ::2],
+    "joined pools": lambda y: y * torch.cat([y.mean((2, 3), keepdim=True), y.amax((2, 3), keepdim=True)], 3).mean(3, keepdim=True),
+    "joined outer": lambda y: scale(y, torch.cat([covariance(y), covariance(y)], 0)[:2].mean(2)),
     "joined with nothing": lambda y: torch.cat([y, torch.zeros(0, dtype=y.dtype)], 1),
     "zeros for channels": lambda y: sum(torch.cat([y, fresh_like(y)], 1).chunk(2, 1)),
     "ramp for channels": lambda y: sum(torch.cat([y, torch.linspace(0, 1, 8, dtype=y.dtype).view(1, -1, 1, 1).expand(y.shape)], 1).chunk(2, 1)),
@@ -382,6 +400,7 @@ MORE = {
     "fft of complex": lambda y: torch.fft.ifft(torch.fft.fft(y, dim=3) * 0.5, dim=3).real,
     "fft over channels": lambda y: torch.fft.ifft(torch.fft.fft(y, dim=1).cumsum(1), dim=1).real,
     "log softmax": lambda y: y.log_softmax(2) + y.log_softmax(1) * 0.5,
+    "mean of no dimensions": lambda y: y * y.mean([]).sigmoid(),
     "sum over channels": lambda y: y + y.sum(1, keepdim=True),
     "sum over all": lambda y: y + y.sum(),
     "softmax of heads": lambda y: y.unflatten(1, (2, -1)).softmax(2).flatten(1, 2),
@@ -390,6 +409,7 @@ MORE = {
     "group norm of each": lambda y: F.group_norm(y, y.shape[1]),
     "batch norm of constants": lambda y: F.batch_norm(y, torch.zeros(y.shape[1], dtype=y.dtype), torch.linspace(1, 2, y.shape[1], dtype=y.dtype)),
     "batch norm of rows": lambda y: F.batch_norm(y.transpose(1, 2), torch.zeros(8, dtype=y.dtype), torch.ones(8, dtype=y.dtype)).transpose(1, 2),
+    "batch norm of one map": lambda y: F.batch_norm(y.flatten(0, 1)[:, None], *torch.ones(2, 1, dtype=y.dtype)).view(y.shape),
     "batch norm: legit": lambda y: normed(aten._native_batch_norm_legit, y),
     "batch norm: no training": lambda y: normed(aten._native_batch_norm_legit_no_training, y),
     "batch norm: update": lambda y: normed(aten._batch_norm_with_update, y),
@@ -427,6 +447,7 @@ MORE = {
     "normal over rows": lambda y: y.flatten(0, 1).softmax(1).unflatten(0, (2, -1)),
     "blurred": blurred,
     "constant kernel": lambda y: F.conv2d(y, torch.ones(8, 8, 1, 1, dtype=y.dtype) / 8),
+    "constant transposed": lambda y: F.conv_transpose2d(y, torch.ones(8, 1, 1, 1, dtype=y.dtype), groups=8),
     "constant depthwise": lambda y: F.conv2d(y, torch.ones(8, 1, 1, 1, dtype=y.dtype), groups=8),
     "convolved rows": lambda y: F.conv2d(y.transpose(1, 2), torch.ones(8, 8, 1, 1, dtype=y.dtype) / 8).transpose(1, 2),
     "each alone": lambda y: F.conv2d(y.reshape(-1, 1, 8, 8), torch.ones(1, 1, 1, 1, dtype=y.dtype)).view(y.shape),
@@ -532,6 +553,7 @@ class Around(nn.Module):
 LAYERS = {
     "convolution": conv(3, padding=1),
     "depthwise": conv(3, padding=1, groups=CHANNELS),
+    "depthwise of one map": lambda: Around(lambda y: y.mean(1, keepdim=True).expand(y.shape), conv(1, groups=8)(), lambda y: y),
     "grouped": conv(3, padding=1, groups=2),
     "multiplied": lambda: nn.Sequential(nn.Conv2d(8, 16, 1, groups=8), nn.ReLU(), nn.Conv2d(16, 8, 1)),
     "transposed convolution": lambda: nn.ConvTranspose2d(8, 8, 3, padding=1),
@@ -541,6 +563,7 @@ LAYERS = {
     "3d": lambda: Around(lambda y: y.unsqueeze(2), nn.Conv3d(8, 8, 1), lambda y: y.squeeze(2)),
     "same layer twice": lambda: Around(lambda y: y, layer := conv(1)(), lambda y: layer(y)),
     "linear": lambda: Around(tokens, nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)), untokens),
+    "linear of a pool": lambda: Two(scale, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 8, bias=False))),
     "linear in space": lambda: Around(lambda y: y.flatten(2), nn.Linear(64, 64), lambda t: t.unflatten(2, (8, 8))),
     "linear of all": lambda: Around(lambda y: y[:, :, ::2, ::2].flatten(1), nn.Linear(128, 128), lambda t: spatial(t.view(-1, 8, 4, 4))),
     "squeeze and excite": lambda: Two(
@@ -558,6 +581,7 @@ LAYERS = {
     "layer norm of places": lambda: nn.LayerNorm((8, 8)),
     "prelu": lambda: nn.PReLU(8),
     "weight norm": lambda: parametrizations.weight_norm(conv(1)()),
+    "weight norm by hand": lambda: Of(lambda y, v, g: F.conv2d(y, aten._weight_norm_interface(v, g)[0]), (8, 8, 1, 1), (8, 1, 1, 1)),
     "weight norm of inputs": lambda: parametrizations.weight_norm(conv(1)(), dim=1),
     "spectral norm": lambda: parametrizations.spectral_norm(conv(1)()),
     "orthogonal": lambda: parametrizations.orthogonal(nn.Conv2d(8, 8, 1), orthogonal_map="householder"),

@@ -29,6 +29,8 @@ RULES = {*rules.RULES.values(), *rules.FOREIGN.values(), moves.opaque}
 OUT_OF_REACH = {
     "cudnn_batch_norm": "a GPU's",
     "miopen_batch_norm": "a GPU's",
+    "size": "TorchScript's",
+    "sym_size": "asked of a tensor itself",
     "glu_jvp": "of derivatives in forward mode",
     "_has_compatible_shallow_copy_type": "asked when a parameter's data are replaced, not in a forward pass",
 }
@@ -49,17 +51,17 @@ class Reach:
         def rule_of(func):
             if (rule := find(func)) is not None:
                 self.operators[rule].add(func.overloadpacket)
-            if rule in (rules.uniform, rules.noise, None):  # known by who they are
-                return rule
-            return self._follow(rule)
+            return rule and self._follow(rule)
 
         def without_rule(*args):
             self.operators[moves.opaque].add("any other")
             return self._follow(opaque)(*args)
 
-        with mock.patch.object(mode, "rule_of", rule_of), mock.patch.object(mode, "opaque", without_rule):
+        known = {name: self._follow(getattr(mode, name)) for name in ("uniform", "noise")}  # which the mode asks for
+        with mock.patch.multiple(mode, rule_of=rule_of, opaque=without_rule, **known):
             yield
 
+    @functools.cache  # noqa: B019  (one for each rule)
     def _follow(self, rule):
         @functools.wraps(rule)
         def run(*args):

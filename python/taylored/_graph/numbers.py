@@ -2,7 +2,8 @@
 
 A model that divides by the square root of its channels, read from a shape, runs with fewer of them and computes something else.
 So a pass notes the scalar arguments of its operators, and the values of what is made of sizes alone (arange, ones, linspace)
-where it meets what the model computes; a run with fewer channels compares them. Sizes are not numbers here: views, splits and
+where it meets what the model computes; a run with fewer channels compares them (not one that computes everything: numbers may
+then come from what it computes). Sizes are not numbers here: views, splits and
 fresh tensors follow the channels, and their labels say whether rightly. No activation is computed.
 """
 
@@ -36,14 +37,18 @@ Noted = tuple  # numbers of one call: plain ones, and (shape, digest or value) o
 class Numbers:
     """What the calls of one pass computed with, by (module, operator) in the order of the calls."""
 
-    def __init__(self) -> None:
+    def __init__(self, computed: bool = False) -> None:
+        self.computed = computed  # whether tensors hold values, which say nothing of where they are from
         self.noted: dict[tuple[str, str], list[Noted]] = {}
-        self._made: dict[int, torch.Tensor] = {}  # of tensors on the meta device: what they hold
+        self._made: dict[int, torch.Tensor] = {}  # of tensors made of sizes alone: what they hold
         self._held: list[torch.Tensor] = []
 
     def of(self, func, args, kwargs, out, owned) -> Noted:
         """The numbers of a call, () if there are none; follows what is made of sizes alone. owned: ids of the model's tensors."""
         packet, tensors = func.overloadpacket, list(tensors_of(args, kwargs))
+        if self.computed and packet is aten.lift_fresh:  # torch.tensor(number)
+            self._make(out, args[0].clone())
+            return ()
         values = [self._value(t, owned) for t in tensors]
         if all(value is not None for value in values) and (tensors or packet in FACTORIES):
             self._follow(func, args, kwargs, out, owned)
@@ -61,7 +66,7 @@ class Numbers:
         """What a tensor holds, None where it depends on the model's input or weights."""
         if id(tensor) in self._made:
             return self._made[id(tensor)]
-        return None if tensor.is_meta or id(tensor) in owned or tensor.numel() > MOST else tensor
+        return None if self.computed or tensor.is_meta or id(tensor) in owned or tensor.numel() > MOST else tensor
 
     def _follow(self, func, args, kwargs, out, owned) -> None:
         if torch.Tag.nondeterministic_seeded in func.tags:
@@ -78,8 +83,11 @@ class Numbers:
         pairs = zip(out, found) if isinstance(out, (tuple, list)) else ((out, found),)
         for tensor, value in pairs:
             if isinstance(tensor, torch.Tensor) and isinstance(value, torch.Tensor):
-                self._made[id(tensor)] = value
-                self._held.append(tensor)
+                self._make(tensor, value)
+
+    def _make(self, tensor, value) -> None:
+        self._made[id(tensor)] = value
+        self._held.append(tensor)
 
 
 def _noted(value: torch.Tensor) -> tuple:
