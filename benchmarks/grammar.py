@@ -273,6 +273,11 @@ def normed(op, y):
     return op(y, ones, ones, *stats, False, 0.1, 1e-5)[0]
 
 
+def heads(y):
+    """[N, 2, C / 2, 8, 8]"""
+    return y.unflatten(1, (2, -1))
+
+
 def covariance(y):
     """[N, C, C]"""
     mean = y.mean((2, 3))
@@ -290,6 +295,7 @@ def attention(y):
 
 
 MORE = {
+    "beside": None,  # programs.py
     # element by element
     "in place": in_place,
     "rrelu": lambda y: aten.rrelu_with_noise(y, torch.ones_like(y)),
@@ -315,7 +321,8 @@ MORE = {
     "flat halves": lambda y: y.flatten(1).view(len(y), -1, 4, SIZE, SIZE).transpose(1, 2).flatten(1, 2),
     "one row of all": lambda y: y.flatten(1).view(len(y), 2, -1).flip(1).view(y.shape),
     "flipped": lambda y: y.flip(1),
-    "shuffled by torch": lambda y: F.channel_shuffle(y, 2) + torch.native_channel_shuffle(y, 2),
+    "shuffled by torch": lambda y: F.channel_shuffle(y, 2),
+    "shuffled natively": lambda y: torch.native_channel_shuffle(y, 2),
     "repeated in space": lambda y: spatial(y.repeat(1, 1, 2, 2)),
     "expanded": lambda y: y.unsqueeze(2).expand(-1, -1, 3, -1, -1).mean(2),
     "squeezed": lambda y: y[:, :, None].squeeze(2).mT.mT,
@@ -345,6 +352,8 @@ MORE = {
     "written line": lambda y: written_at(y.clone(), (ROWS,), torch.linspace(0, 1, 8, dtype=y.dtype)),
     "written by mask": lambda y: written_at(y.clone(), (y > 1,), y.mean()),
     "written number": lambda y: written_at(y.clone(), (ROWS[:1],), 3.0),
+    "written number at channels": lambda y: written_at(y.clone(), (slice(None), ROWS), 3.0),
+    "written number at turned": lambda y: written_at(y.transpose(0, 1).clone(), (ROWS,), 3.0).transpose(0, 1),
     "written at channels": lambda y: written_at(y.clone(), (slice(None), ROWS), y[:, :2] * 2),
     "written at all channels": lambda y: written_at(fresh_like(y.mT).transpose(0, 1), (torch.arange(8),), y.transpose(0, 1)).transpose(0, 1),
     "written at two": lambda y: written_at(y.transpose(0, 1).clone(), (ROWS,), y.transpose(0, 1)[:2] * 2).transpose(0, 1),
@@ -356,7 +365,7 @@ MORE = {
     "pieces": lambda y: torch.cat(y.split(4, 1)[::-1], 1),
     "unbound channels": lambda y: torch.stack(y.unbind(1)[::-1], 1),
     "unbound examples": lambda y: torch.stack([example.tanh() for example in y], 0),
-    "pieces of constants": lambda y: torch.cat([a * b for a, b in zip(y.chunk(2, 1), torch.ones_like(y).chunk(2, 1))], 1),
+    "pieces of constants": lambda y: torch.cat([a * b for a, b in zip(y.chunk(2, 1), torch.ones(1, y.shape[1], 1, 1).chunk(2, 1))], 1),
     "pieces of examples": lambda y: torch.cat(y.split([1, 1], 0)[::-1], 0),
     "glu over rows": lambda y: F.glu(y.repeat(1, 1, 2, 1), 2),
     "glu over columns": lambda y: aten.glu(y.repeat(1, 1, 1, 2)),
@@ -389,10 +398,10 @@ MORE = {
     "rois of features": lambda y: roi("roi_align", y, boxes(y) + y.mean((2, 3))[:, :1].sigmoid()),
     "gather of fewer": lambda y: spatial(y.gather(3, torch.arange(4).expand(2, y.shape[1], 8, 4))),
     "gather of fewer channels": lambda y: y * y.gather(3, torch.arange(8).expand(2, 1, 8, 8)),
-    "gather over channels": lambda y: y.gather(1, torch.arange(y.shape[1]).flip(0).view(1, -1, 1, 1).expand_as(y)),
+    "gather over channels": lambda y: y.sin().gather(1, torch.arange(y.shape[1]).flip(0).view(1, -1, 1, 1).expand_as(y)),
     "gather by order": lambda y: y.gather(3, y.flip(1).argsort(3)),
     "unfolded": lambda y: y + F.unfold(y, 3, padding=1).unflatten(1, (-1, 9)).mean(2).view(y.shape),
-    "unfolded rows": lambda y: y + F.unfold(y.transpose(1, 2), 3, padding=1).unflatten(1, (-1, 9)).mean(2).view(y.shape[0], 8, -1, 8).transpose(1, 2),
+    "unfolded rows": lambda y: F.unfold(y.transpose(1, 2), 3, padding=1).unflatten(1, (-1, 9)).mean(2).view(len(y), 8, -1, 8).transpose(1, 2),
     "folded rows": lambda y: F.fold(y.flatten(2), (16, 16), 2, stride=2)[:, :, ::2, ::2].repeat(1, 4, 1, 1)[:, : y.shape[1]],
     "folded columns": lambda y: y + F.fold(tokens(y)[:, :, :4].contiguous(), (4, 4), 2, stride=2).mean((1, 2, 3)).view(-1, 1, 1, 1),
     "complex": complex_numbers,
@@ -406,6 +415,7 @@ MORE = {
     "softmax of heads": lambda y: y.unflatten(1, (2, -1)).softmax(2).flatten(1, 2),
     "layer norm in space": lambda y: F.layer_norm(y, y.shape[2:]),
     "group norm": lambda y: F.group_norm(y, 2),
+    "group norm by constants": lambda y: F.group_norm(y, y.shape[1] // 2, torch.linspace(0, 1, 8, dtype=y.dtype)),
     "group norm of each": lambda y: F.group_norm(y, y.shape[1]),
     "batch norm of constants": lambda y: F.batch_norm(y, torch.zeros(y.shape[1], dtype=y.dtype), torch.linspace(1, 2, y.shape[1], dtype=y.dtype)),
     "batch norm of rows": lambda y: F.batch_norm(y.transpose(1, 2), torch.zeros(8, dtype=y.dtype), torch.ones(8, dtype=y.dtype)).transpose(1, 2),
@@ -428,6 +438,8 @@ MORE = {
     "attention over channels": lambda y: ((y.flatten(2) @ tokens(y)).softmax(2) @ y.flatten(2)).view(y.shape),
     "batched over channels": lambda y: (y.transpose(0, 1).flatten(2).transpose(1, 2) @ y.transpose(0, 1).flatten(2)).mean((1, 2)) .view(1, -1, 1, 1) + y,
     "product of constants": lambda y: untokens(tokens(y) @ torch.eye(8, dtype=y.dtype)),
+    "mixed by constants": lambda y: (torch.linspace(0, 1, 128, dtype=y.dtype).view(2, 8, 8) @ y.flatten(2)).view(y.shape),
+    "added to constants": lambda y: torch.baddbmm(y.flatten(2), *(torch.linspace(0, 1, n * 16, dtype=y.dtype).view(2, 8, n) for n in (8, 64))).view(y.shape),
     "product of rows": lambda y: torch.eye(8, dtype=y.dtype).flip(0) @ y,
     "added to a product": lambda y: torch.baddbmm(y.flatten(2), torch.eye(8, dtype=y.dtype).expand(2, 8, 8), y.flatten(2)).view(y.shape),
     "added to a product of places": lambda y: untokens(torch.baddbmm(tokens(y).flip(2), torch.eye(64, dtype=y.dtype).expand(2, 64, 64), tokens(y))),
@@ -569,6 +581,11 @@ LAYERS = {
     "squeeze and excite": lambda: Two(
         scale, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 8), nn.Sigmoid())
     ),
+    "mean of heads": lambda: Around(lambda y: heads(y).mean(2), nn.Conv2d(2, 8, 1), torch.relu),
+    "pool of heads": lambda: Around(lambda y: F.adaptive_avg_pool2d(heads(y).flatten(3), 8), nn.Conv2d(2, 8, 1), torch.relu),
+    "last of heads": lambda: Around(lambda y: heads(y)[:, :, -1], nn.Conv2d(2, 8, 1), torch.relu),
+    "fourth of heads": lambda: Around(lambda y: heads(y)[:, :, torch.tensor([3])].flatten(1, 2), nn.Conv2d(2, 8, 1), torch.relu),
+    "linear of heads": lambda: Around(lambda y: heads(y).movedim(2, -1).flatten(0, 3), nn.Linear(4, 4), lambda t: t.view(2, 2, 8, 8, -1).movedim(-1, 2).flatten(1, 2)),
     "heads of linear": lambda: nn.Sequential(nn.Unflatten(1, (2, 4)), nn.Flatten(1, 2), conv(1)()),
     "attention layer": lambda: Around(tokens, nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), untokens),
     "recurrent": lambda: Around(tokens, nn.GRU(8, 8, batch_first=True), lambda t: untokens(t[0])),
@@ -581,6 +598,7 @@ LAYERS = {
     "layer norm of places": lambda: nn.LayerNorm((8, 8)),
     "prelu": lambda: nn.PReLU(8),
     "weight norm": lambda: parametrizations.weight_norm(conv(1)()),
+    "weight norm of depthwise": lambda: parametrizations.weight_norm(conv(3, padding=1, groups=CHANNELS)()),
     "weight norm by hand": lambda: Of(lambda y, v, g: F.conv2d(y, aten._weight_norm_interface(v, g)[0]), (8, 8, 1, 1), (8, 1, 1, 1)),
     "weight norm of inputs": lambda: parametrizations.weight_norm(conv(1)(), dim=1),
     "spectral norm": lambda: parametrizations.spectral_norm(conv(1)()),
@@ -616,6 +634,10 @@ LAYERS = {
     "joined over examples": lambda: Two(lambda y, z: sum(torch.cat([y, z], 0).chunk(2, 0))),
     "written by a second": lambda: Two(lambda y, z: written_at(y.clone(), (ROWS,), z)),
     "rows of a second": lambda: Two(lambda y, z: halves_written(y, lambda _: z)),
+    "losses of two": lambda: Two(lambda y, z: F.mse_loss(y, z, reduction="none")),
+    "layer norm by features": lambda: Two(lambda y, z: z * F.layer_norm(y.mean(1), (8,), z.mean((0, 2, 3)))[:, None]),
+    "group norm by another": lambda: Two(lambda y, z: z * F.group_norm(y.transpose(1, 2).mean(2, keepdim=True).expand(2, 8, 8, 8), 2, z.mean((0, 2, 3)))),
+    "kernel of a second": lambda: Two(lambda y, z: z * F.conv2d(torch.ones(2, 16, 8, 8, dtype=y.dtype), z.mean((0, 3)).t()[..., None, None], groups=2).mean(1, keepdim=True)),
     "loss of two": lambda: Two(lambda y, z: y + F.mse_loss(y, z, reduction="none").mean(1, keepdim=True)),
     "number of two": lambda: Two(lambda y, z: y + F.mse_loss(y, z)),
     "places of two": lambda: Two(lambda y, z: untokens((tokens(y) @ z.flatten(2)).softmax(2) @ tokens(y))),

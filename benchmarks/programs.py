@@ -29,9 +29,12 @@ class Program(nn.Module):
         self.steps = steps
 
     def forward(self, x):
-        y = self.a(x)
+        y = first = self.a(x)
         for i, step in enumerate(self.steps):
-            y = (self.layers[str(i)] if step in LAYERS else STEPS[step])(y)
+            if step == "beside":  # what came so far is a number for each example, and the first map goes on
+                y = first * y.tanh().mean((1, 2, 3), keepdim=True)
+            else:
+                y = (self.layers[str(i)] if step in LAYERS else STEPS[step])(y)
         return self.b(y)
 
 

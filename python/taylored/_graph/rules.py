@@ -39,7 +39,6 @@ def pointwise(labels: Labels, func, args, kwargs, out):
         return
     result = labels.broadcast(operands, out.shape)
     if result:
-        labels.set_uniform(out, False)
         labels.set(out, before or result)
 
 
