@@ -47,6 +47,14 @@ class Traced:
         return _pairs(self.tracer, self.tracer.ties)
 
     @functools.cached_property
+    def meetings(self) -> np.ndarray:
+        """The pairs of the tensors' labels that met slot by slot, [2, n]: each once, and of equal ones none."""
+        noted = self.tracer.meetings or [(torch.zeros(0, dtype=torch.int64),) * 2]
+        pairs = torch.stack([torch.cat(side) for side in zip(*noted, strict=True)]).sort(0)[0]
+        count = sum(self.tensors[name].shape[d] for name, d in self.offsets)
+        return pairs[:, (pairs[0] != FIXED) & (pairs[0] < pairs[1]) & (pairs[1] < count)].unique(dim=1).numpy()
+
+    @functools.cached_property
     def component(self) -> np.ndarray:
         """The component of every label, [total + 1], where positions tie as well as meetings."""
         return connect(self.total, self.edges, self.ties)
@@ -129,6 +137,7 @@ def assemble(traced: Traced, component: np.ndarray, bundled: np.ndarray | None =
         dtypes={name: t.dtype for name, t in tensors.items()},
         parameters=tuple(name for name, _ in traced.model.named_parameters()),
         components=components,
+        meetings=traced.meetings,
         frozen=frozen,
         flop_costs=tuple(Cost(flops // math.prod(map(len, dims)), dims) for flops, dims in costs),
         passes=traced.passes,

@@ -53,8 +53,9 @@ class Numbers:
         if all(value is not None for value in values) and (tensors or packet in FACTORIES):
             self._follow(func, args, kwargs, out, owned)
             return ()
-        if writes(func) and args and isinstance(args[0], torch.Tensor):  # and into what else sees it
-            self._made.pop(id(args[0]), None)
+        if writes(func) and args and isinstance(args[0], torch.Tensor) and id(args[0]) in self._made:
+            memory = self._made[id(args[0])].untyped_storage().data_ptr()  # others may see it, of which this is a part
+            self._made = {key: made for key, made in self._made.items() if made.untyped_storage().data_ptr() != memory}
         if packet is aten.native_group_norm:
             return (args[4] // args[6],)  # how many channels share statistics
         if packet in SIZES:

@@ -263,6 +263,9 @@ def convolution(labels: Labels, func, args, kwargs, out):
             labels.match(x_label, whole, labels.why(x if x_label is None else weight))
         else:
             labels.unite_rows(torch.cat([whole.reshape(groups, -1), x_label.reshape(groups, -1)], 1))
+            order = whole if transposed else shared  # in which it takes the channels of a group
+            if order is not None:
+                labels.in_order(x_label.reshape(-1, len(order)), order.expand(len(x_label) // len(order), -1))
         if transposed and whole is not None:
             # Any labels of the group will do; different ones, for those that are all the same are no labels (`compress`).
             blocks = whole.reshape(groups, -1)

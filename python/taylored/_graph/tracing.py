@@ -225,7 +225,7 @@ def _hard_coded(model, graph: ChannelGraph, places_matter: bool) -> dict[int, st
         return {}
     fault = without(parts, labelled=True) if parts else None
     if fault is None and last:
-        parts, fault = parts + last, without(parts + last, labelled=False)
+        parts, fault = parts + last, without(parts + last, labelled=True)
     if fault is None:
         return {}
     reason, blamed = fault

@@ -1,0 +1,114 @@
+"""The random programs notice when any one rule is careless: taken away one at a time, each care of each rule leads to a wrong cut.
+
+A care is one line of a rule (rules.py, moves.py) that unites, ties or freezes labels, or says which labels come out. A mutant is
+the package in which that line says nothing. Here labels are the only defence: what a rehearsal sees by shapes, FLOPs and numbers
+is switched off. Each step runs by itself, and beside the map that it is made of, so that what it forgets is still used.
+"""
+
+import collections
+import itertools
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from grammar import STEPS
+from programs import judge
+from reach import FILES, RULES, Reach, unreached
+
+from taylored import _plan
+from taylored._graph import tracing
+from taylored._graph.mode import LabelMode
+from taylored._graph.rehearsal import Rehearsal
+from taylored._graph.tracer import Tracer
+
+CARES = ("unite", "split_evenly", "freeze", "set", "share_uniform", "note_slice")
+PROGRAMS = [program for step in STEPS for program in ((step,), (step, "beside"))]
+SEEDS = range(4)  # a careless cut may be right by chance
+# Lines without which nothing is cut wrongly: (care, rule, its beginning) -> what becomes of it, and why.
+KNOWN: dict[tuple[str, str, str], tuple[str, str]] = {}
+
+
+class Mutants:
+    """What rules say goes through here, and is not heard where it comes from the line that is `silent`; `heard` has the others."""
+
+    def __init__(self, monkeypatch):
+        self.silent: tuple[str, str, str] | None = None
+        self.heard: set[tuple[str, str, str]] = set()
+        self.sound: dict[tuple, str] = {}
+        for mode in (Tracer, Rehearsal):
+            for care in CARES:
+                monkeypatch.setattr(mode, care, self._through_here(care, getattr(mode, care)))
+
+    def _through_here(self, care, said):
+        def say(labels, *args, **kwargs):
+            rule, line = _place(sys._getframe(1))
+            self.heard.add((care, rule, line))
+            if (care, rule, line) != self.silent:
+                return said(labels, *args, **kwargs)
+            return said(labels, args[0], ()) if care == "set" else None
+
+        return say
+
+    def verdict(self, silent, program, seed) -> str:
+        self.silent = silent
+        try:
+            return judge(program, seed)[0]
+        except Exception:  # in the middle of a cut
+            return "wrong"
+
+    def fate(self, silent, programs) -> str:
+        """"wrong" if one of the programs is cut wrongly now; else what became of them."""
+        found = "nothing changes"
+        for seed, program in itertools.product(SEEDS, programs):
+            if (program, seed) not in self.sound:
+                self.sound[program, seed] = self.verdict(None, program, seed)
+            before, now = self.sound[program, seed], self.verdict(silent, program, seed)
+            if before in ("wrong", "refused") or now == before:  # wrong before: only a rehearsal can tell
+                continue
+            if now == "wrong":
+                return now
+            found = {"kept": "fewer go", "exact": "more go", "refused": "refused"}[now]
+        return found
+
+
+def _place(frame) -> tuple[str, str]:
+    """The rule that runs, and the innermost of the lines of rules; empty where none does."""
+    rule = line = ""
+    while frame is not None and frame.f_code is not LabelMode._carry.__code__:
+        if frame.f_code.co_filename in FILES:
+            rule = frame.f_code.co_name
+            line = line or FILES[frame.f_code.co_filename][frame.f_lineno - 1].strip()
+        frame = frame.f_back
+    return rule, line
+
+
+def test_every_rule_and_operator_is_reached():
+    reach = Reach()
+    with reach.followed(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in STEPS:
+            judge((step,), 0)
+    assert not [rule.__name__ for rule in RULES if not reach.operators[rule]]
+    assert not unreached(reach)
+
+
+@pytest.mark.slow
+def test_no_rule_can_be_careless_unnoticed(monkeypatch):
+    monkeypatch.setattr(tracing, "_hard_coded", lambda *_: {})
+    monkeypatch.setattr(_plan, "rehearse", lambda *_: None)
+    mutants, programs = Mutants(monkeypatch), collections.defaultdict(list)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for program in PROGRAMS:
+            mutants.heard.clear()
+            mutants.verdict(None, program, 0)
+            for line in mutants.heard:
+                programs[line].append(program)
+        fates = {line: mutants.fate(line, programs[line]) for line in programs if line[1]}
+    print(*fates.items(), sep="\n")
+    alive = {line: fate for line, fate in fates.items() if fate != "wrong"}
+    known = {line: fate for line in alive for start, (fate, _) in KNOWN.items() if start[:2] == line[:2] and line[2].startswith(start[2])}
+    assert alive == known and len(known) == len(KNOWN)
