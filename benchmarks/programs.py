@@ -1,8 +1,9 @@
 """Random programs, cut at random: how many are cut exactly, how many keep their channels for a reason, and how many are wrong.
 
-A program is two convolutions with one to three steps between them, drawn from grammar.py: what forward passes do to channels,
-rightly or in ways that do not survive a cut. Each is traced, a random half of every group is removed, and the compacted model is
-compared with the masked one in float64, in eval mode. Exact: the first convolution's filters can go. Wrong must be 0.
+A program is two convolutions with one to three steps between them, drawn from grammar.py and grammar_layers.py: what forward
+passes do to channels, rightly or in ways that do not survive a cut. Each is traced, a random half of every group is removed, and
+the compacted model is compared with the masked one in float64, in eval mode, and runs in training mode. Exact: filters of the
+first convolution can go. Wrong must be 0.
 
     OMP_NUM_THREADS=1 python benchmarks/programs.py [--count 1000] [--seed 0] [--first] [--list]
 
@@ -15,10 +16,13 @@ import random
 import warnings
 
 import torch
-from grammar import CHANNELS, FIRST, LAYERS, SIZE, STEPS
+from grammar import CHANNELS, FIRST, MORE, SIZE
+from grammar_layers import LAYERS
 from torch import nn
 
 import taylored
+
+STEPS = {**FIRST, **MORE, **LAYERS}
 
 
 class Program(nn.Module):

@@ -23,9 +23,10 @@ from taylored._modules import named_shapes, named_tensors, resized, unwrapped, u
 
 
 class Rehearsal(LabelMode):
-    """Runs the model as it will be without some units. Every slot has a label of its own, and a component of the trace:
-    only slots of one component may meet, and one by one only those that met in the trace. Where a group is left a single unit, a dimension may have lost its labels, so that nothing is
-    believed of what has none; where labelled is False, shapes and FLOPs alone are found."""
+    """Runs the model as it will be without some units. Every slot has a label of its own, and a component of the trace: only
+    slots of one component may meet, and one by one only those that met in the trace. (The components themselves would not do
+    for labels: where one unit is left they are all the same.) Where a group is left a single unit, a dimension may have lost
+    its labels, so that nothing is believed of what has none; where labelled is False, shapes and FLOPs alone are found."""
 
     planned = True
 
@@ -37,7 +38,9 @@ class Rehearsal(LabelMode):
         self.grouped = {name for name, layer in graph.layers.items() if layer.is_grouped}
         self.components = torch.from_numpy(np.concatenate([*left.values(), [FIXED]]))  # by label; FIXED is the last
         whole = graph.slots()
-        self.slots = torch.cat([torch.from_numpy(s)[self.keep.get(key, ...)] for key, s in whole.items()])  # by label, in the trace
+        self.slots = torch.cat(
+            [torch.from_numpy(s)[self.keep.get(key, ...)] for key, s in whole.items()]
+        )  # by label, in the trace
         self.met = _coded(*torch.from_numpy(graph.meetings)).unique()
         self.several = all(graph.group(name).units - len(units) > 1 for name, units in removed.items() if len(units))
         self.sizes, self.labelled = {key: len(c) for key, c in left.items()}, labelled

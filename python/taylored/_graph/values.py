@@ -180,9 +180,9 @@ class ChannelGraph(Value):
     model: the name of its class. layers: every convolution and linear layer, by name. shapes, dtypes: every parameter's and
     buffer's; parameters: which are some. components: for every (tensor, dimension) the component of each index; frozen:
     component -> why it cannot be removed. passes: the forward passes that were traced. fully_connected: as given to `trace`.
-    bundles: groups that can only shrink together. meetings: the pairs of slots that meet one by one, [2, n], counted as in `slots`. flops are those of the example inputs in eval mode, two per multiply-add, as
-    torch.utils.flop_counter counts them. rehearser: how to reach the model; none where the graph comes from a file or a
-    pickle: then plans are made with `model=`.
+    bundles: groups that can only shrink together. meetings: the pairs of slots that meet one by one, [2, n], counted as in
+    `slots`. flops are those of the example inputs in eval mode, two per multiply-add, as torch.utils.flop_counter counts them.
+    rehearser: how to reach the model; none where the graph comes from a file or a pickle: then plans are made with `model=`.
     """
 
     model: str
