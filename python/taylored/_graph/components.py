@@ -48,11 +48,13 @@ class Traced:
 
     @functools.cached_property
     def meetings(self) -> np.ndarray:
-        """The pairs of the tensors' labels that met slot by slot, [2, n]: each once, and of equal ones none."""
+        """The pairs of the tensors' labels that met slot by slot, [2, n]: each once, and of equal ones none; ascending."""
         noted = self.tracer.meetings or [(torch.zeros(0, dtype=torch.int64),) * 2]
-        pairs = torch.stack([torch.cat(side) for side in zip(*noted, strict=True)]).sort(0)[0]
+        a, b = (torch.cat(side).numpy() for side in zip(*noted, strict=True))
+        a, b = np.minimum(a, b), np.maximum(a, b)
         count = sum(self.tensors[name].shape[d] for name, d in self.offsets)
-        return pairs[:, (pairs[0] != FIXED) & (pairs[0] < pairs[1]) & (pairs[1] < count)].unique(dim=1).numpy()
+        there = (a != FIXED) & (a < b) & (b < count)
+        return np.stack(np.divmod(np.unique(a[there] * count + b[there]), max(count, 1)))
 
     @functools.cached_property
     def component(self) -> np.ndarray:
