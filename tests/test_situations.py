@@ -91,6 +91,12 @@ def masked_fill(y):
     return y * torch.zeros(1, y.shape[C], 1, 1).masked_fill_((torch.arange(y.shape[C]) < 2).view(1, -1, 1, 1), 3.0)
 
 
+def written_in_part(y):
+    out = torch.zeros(y.shape)
+    out[:, :, 1:] = y[:, :, 1:]
+    return out
+
+
 @pytest.mark.parametrize("function", [inplace_mul, copied, index_fill, one_item, set_items, masked_fill])
 def test_a_fresh_tensor_that_is_written_into_is_a_constant(function):
     stays(function, "meets a constant of 8 values")
@@ -124,6 +130,10 @@ def test_what_works_over_the_channels_from_another_dimension_keeps_them(function
     "function",
     [
         lambda y: y / math.sqrt(y.shape[1]),
+        lambda y: y / math.sqrt(y.shape[1]) * torch.ones(()).item(),  # looks at data: the pass computes
+        lambda y: y * torch.ones(()).item() * torch.tensor(float(y.shape[1])),
+        lambda y: written_in_part(y) + torch.full((), float(y.shape[1])),
+        lambda y: F.group_norm(y, 2),
         lambda y: y * (1 / y.shape[1]),
         lambda y: y * (1 + torch.arange(y.shape[1]).float().mean()),
         lambda y: y * torch.ones(1, y.shape[1], 1, 1) / y.shape[1],
@@ -160,6 +170,32 @@ def test_a_count_of_channels_used_as_a_number_keeps_them(function):
 def test_what_leaves_channels_alone_lets_them_go(function):
     torch.manual_seed(0)
     exact(Between(function), X, 8)
+
+
+class Fours(nn.Module):
+    """Channels in as many groups as there are fours of them, one after the other from each."""
+
+    def forward(self, x):
+        return x.unflatten(1, (-1, 4)).transpose(1, 2).flatten(1, 2)
+
+
+class Reversed(nn.Module):
+    def forward(self, x):
+        return x + x.flip(1).tanh()
+
+
+@pytest.mark.parametrize("after", [nn.Conv2d(8, 8, 1, groups=2), nn.ConvTranspose2d(8, 8, 1, groups=2), Reversed()])
+def test_channels_of_one_unit_that_would_change_places_stay(after):
+    """The fours that are left are in another order, and all of them are one unit."""
+    graph = trace(nn.Sequential(nn.Conv2d(3, 8, 1), Fours(), after, nn.Conv2d(8, 4, 1)).eval(), X)
+    assert graph.prunable_filters == 0 and "do not belong together" in graph.explain("0"), graph.explain()
+
+
+def test_pooling_within_boxes_lets_the_channels_go():
+    ops = pytest.importorskip("torchvision").ops
+    boxes = torch.tensor([[0.0, 0, 0, 7, 7], [1, 1, 1, 6, 6]])
+    exact(Between(lambda y: ops.roi_pool(y, boxes, 4)), X, 8)
+    exact(Between(lambda y: ops.roi_align(y, boxes, 4)), X, 8)
 
 
 def test_a_gate_that_is_expanded_over_the_channels_is_one_value_for_all():

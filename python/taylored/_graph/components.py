@@ -47,6 +47,16 @@ class Traced:
         return _pairs(self.tracer, self.tracer.ties)
 
     @functools.cached_property
+    def meetings(self) -> np.ndarray:
+        """The pairs of the tensors' labels that met slot by slot, [2, n]: each once, and of equal ones none; ascending."""
+        noted = self.tracer.meetings or [(torch.zeros(0, dtype=torch.int64),) * 2]
+        a, b = (torch.cat(side).numpy() for side in zip(*noted, strict=True))
+        a, b = np.minimum(a, b), np.maximum(a, b)
+        count = sum(self.tensors[name].shape[d] for name, d in self.offsets)
+        there = (a != FIXED) & (a < b) & (b < count)
+        return np.stack(np.divmod(np.unique(a[there] * count + b[there]), max(count, 1)))
+
+    @functools.cached_property
     def component(self) -> np.ndarray:
         """The component of every label, [total + 1], where positions tie as well as meetings."""
         return connect(self.total, self.edges, self.ties)
@@ -131,6 +141,7 @@ def assemble(traced: Traced, component: np.ndarray, bundled: np.ndarray | None =
         dtypes={name: t.dtype for name, t in tensors.items()},
         parameters=tuple(name for name, _ in traced.model.named_parameters()),
         components=components,
+        meetings=traced.meetings,
         frozen=frozen,
         flop_costs=tuple(Cost(flops // math.prod(map(len, dims)), dims) for flops, dims in costs),
         passes=traced.passes,

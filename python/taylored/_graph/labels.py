@@ -100,6 +100,9 @@ class Labels:
         """What has a label of a lives and dies with what has the label of b at the same place. Same shapes."""
         raise NotImplementedError
 
+    def in_order(self, a: Label, b: Label) -> None:
+        """What has a label of a stands where b has one, among what it lives and dies with anyway. Same shapes."""
+
     def split_evenly(self, rows: Label) -> None:
         """Each column [n] of the labels is a piece of the channels, one of several that must stay equally many."""
 

@@ -136,7 +136,7 @@ class LabelMode(Labels, TorchDispatchMode):
             out = instead(*args) if instead else sparing(func, args, kwargs)
         else:
             out = (instead or func)(*args, **kwargs)
-        if self.values == "none" and (found := self.numbers.of(func, given, given_kwargs, out, self.owned)):
+        if self.values != "all" and (found := self.numbers.of(func, given, given_kwargs, out, self.owned)):
             self.computed_with((self.where(), str(packet)), found, args, kwargs)
         self.dynamic |= torch.Tag.dynamic_output_shape in func.tags
         dimensions = self.carry(func, seen, kwargs, out) if self.labelled else None
@@ -217,7 +217,7 @@ def run_pass(model: nn.Module, stand_ins: dict[str, torch.Tensor], mode: LabelMo
     mode.stack.clear()
     mode.training = training
     mode.owned = {id(t) for t in stand_ins.values()}
-    mode.numbers = Numbers()
+    mode.numbers = Numbers(computed=mode.values != "none")
     rng = contextlib.nullcontext() if mode.values == "none" else torch.random.fork_rng(devices=[])
     try:
         if mode.values == "none":

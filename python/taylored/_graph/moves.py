@@ -118,7 +118,6 @@ def written(labels: Labels, func, args, kwargs, out):
     fresh = labels.is_uniform(x)
     labels.freeze_all(x, reason, range(len(indices)))
     if values.numel() != 1:
-        labels.set_uniform(x, False)
         result = labels.freeze_all(values, reason, range(values.ndim - rest))
         if fresh:
             labels.set(x, [with_ndim(label.reshape(label.shape[values.ndim - rest :]), x.ndim) for label in result])
@@ -140,8 +139,6 @@ def split(labels: Labels, func, args, kwargs, out):
         result = labels.require_all(
             x, f"{func.overloadpacket} in {labels.where()!r} cuts the channels into unequal pieces", (dim,)
         )
-    for piece in out:
-        labels.set(piece, ())
     for label in result:
         if alike and dim in varying(label):
             labels.split_evenly(torch.stack([piece.reshape(-1) for piece in label.split(out[0].shape[dim], dim)], 1))

@@ -25,8 +25,9 @@ from taylored._modules import named_shapes, named_tensors, resized, unwrapped
 
 class Rehearsal(LabelMode):
     """Runs the model as it will be without some units. Every slot has a label of its own, and a component of the trace: only
-    slots of one component may meet. (The components themselves would not do for labels: where one unit is left they are all
-    the same.) Where a group is left a single unit, or labelled is False, shapes and FLOPs alone are found."""
+    slots of one component may meet, and one by one only those that met in the trace. (The components themselves would not do
+    for labels: where one unit is left they are all the same.) Where a group is left a single unit, a dimension may have lost
+    its labels, so that nothing is believed of what has none; where labelled is False, shapes and FLOPs alone are found."""
 
     planned = True
 
@@ -37,8 +38,13 @@ class Rehearsal(LabelMode):
         left = {key: c[self.keep[key].numpy()] if key in self.keep else c for key, c in graph.components.items()}
         self.grouped = {name for name, layer in graph.layers.items() if layer.is_grouped}
         self.components = torch.from_numpy(np.concatenate([*left.values(), [FIXED]]))  # by label; FIXED is the last
-        several = all(graph.group(name).units - len(units) > 1 for name, units in removed.items() if len(units))
-        self.sizes, self.labelled = {key: len(c) for key, c in left.items()}, labelled and several
+        whole = graph.slots()
+        self.slots = torch.cat(
+            [torch.from_numpy(s)[self.keep.get(key, ...)] for key, s in whole.items()]
+        )  # by label, in the trace
+        self.met = _coded(*torch.from_numpy(graph.meetings))  # ascending, as they are
+        self.several = all(graph.group(name).units - len(units) > 1 for name, units in removed.items() if len(units))
+        self.sizes, self.labelled = {key: len(c) for key, c in left.items()}, labelled
         self.shapes = {n: tuple(self.sizes.get((n, d), s) for d, s in enumerate(shape)) for n, shape in graph.shapes.items()}
         self.flops, self.count = 0, itertools.count()
         self.blamed: set[int] = set()  # the components that met at the fault
@@ -91,15 +97,34 @@ class Rehearsal(LabelMode):
             raise
 
     def unite(self, a, b):
-        a, b = self.components[a.reshape(-1)], self.components[b.reshape(-1)]
-        wrong = (a != b) & (a != FIXED) & (b != FIXED)
+        self._must_belong(a, b)
+        self.in_order(a, b)
+
+    def unite_rows(self, rows):
+        if rows.shape[1] > 1:
+            self._must_belong(rows[:, :1].expand_as(rows), rows)
+
+    def in_order(self, a, b):
+        a, b = (label.reshape(-1)[((a != FIXED) & (b != FIXED)).reshape(-1)] for label in (a, b))
+        if len(self.met):
+            pairs = _coded(self.slots[a], self.slots[b])
+            near = self.met[torch.searchsorted(self.met, pairs).clamp(max=len(self.met) - 1)]
+            self._must_not((near != pairs) & (a != b), a, b)
+
+    def _must_belong(self, a, b):
+        a, b = a.reshape(-1), b.reshape(-1)
+        mine, other = self.components[a], self.components[b]
+        self._must_not((mine != other) & (mine != FIXED) & (other != FIXED), a, b)
+
+    def _must_not(self, wrong, a, b):
         if bool(wrong.any()):
-            self.blamed.update(a[wrong].tolist(), b[wrong].tolist())
+            self.blamed.update(self.components[a[wrong]].tolist(), self.components[b[wrong]].tolist())
             raise TraceError(f"{self.line()}: channels that do not belong together meet")
 
     def freeze(self, label, reason):
-        if found := self._free_of(label):
-            self.blamed |= found
+        found = self._free_of(label)
+        self.blamed |= found
+        if found and self.several:
             raise TraceError(f"{self.line()}: {reason}")
 
     @property
@@ -128,6 +153,11 @@ class Rehearsal(LabelMode):
         if number < len(calls) and differ(numbers, calls[number]):
             self.blamed |= self._free(tensors_of(args, kwargs))
             raise TraceError(f"{self.line()}: {place[1]} computes with another number where there are fewer channels")
+
+
+def _coded(a, b):
+    """One number for two slots, in either order."""
+    return torch.minimum(a, b) * 2**31 + torch.maximum(a, b)
 
 
 class ModelRehearser:

@@ -39,7 +39,6 @@ def pointwise(labels: Labels, func, args, kwargs, out):
         return
     result = labels.broadcast(operands, out.shape)
     if result:
-        labels.set_uniform(out, False)
         labels.set(out, before or result)
 
 
@@ -98,7 +97,9 @@ def unpooling(labels: Labels, func, args, kwargs, out):
 def at_points(labels: Labels, func, args, kwargs, out):
     """Pooling within boxes, sampling at points: the map's channels, dimension 1, go on, coordinates stay."""
     labels.freeze_all(args[1], f"coordinates in {labels.where()!r}")
-    labels.emit(out, 1, labels.take(args[0], 1, f"{func.overloadpacket} in {labels.where()!r} mixes positions that have labels"))
+    label = labels.take(args[0], 1, f"{func.overloadpacket} in {labels.where()!r} mixes positions that have labels")
+    for tensor in out if isinstance(out, (tuple, list)) else (out,):
+        labels.emit(tensor, 1, label)
 
 
 def gathered(labels: Labels, func, args, kwargs, out):
@@ -262,6 +263,9 @@ def convolution(labels: Labels, func, args, kwargs, out):
             labels.match(x_label, whole, labels.why(x if x_label is None else weight))
         else:
             labels.unite_rows(torch.cat([whole.reshape(groups, -1), x_label.reshape(groups, -1)], 1))
+            order = whole if transposed else shared  # in which it takes the channels of a group
+            if order is not None:
+                labels.in_order(x_label.reshape(-1, len(order)), order.expand(len(x_label) // len(order), -1))
         if transposed and whole is not None:
             # Any labels of the group will do; different ones, for those that are all the same are no labels (`compress`).
             blocks = whole.reshape(groups, -1)

@@ -36,6 +36,7 @@ class Tracer(LabelMode):
         self.fully_connected = fully_connected
         self.total = 0  # labels that there are
         self.edges: list[tuple[Label, Label]] = []
+        self.meetings: list[tuple[Label, Label]] = []  # of those that meet slot by slot, also where there are fewer
         self.ties: list[tuple[Label, Label]] = []  # of equal positions in pieces that must stay equally many
         self.pieces = 1  # the most that anything was cut into
         self.frozen: list[tuple[Label, str]] = []
@@ -46,7 +47,7 @@ class Tracer(LabelMode):
         self.placed: set[str] = set()  # reasons that say where
 
     def _lists(self) -> tuple[list, ...]:
-        return self.edges, self.ties, self.frozen, self.filters, self.heads, self.costs
+        return self.edges, self.meetings, self.ties, self.frozen, self.filters, self.heads, self.costs
 
     def mark(self) -> tuple:
         """How much has been noted, for `back_to`."""
@@ -75,16 +76,25 @@ class Tracer(LabelMode):
                 if forgotten.numel():
                     self.freeze(forgotten, reason)
 
+    def in_order(self, a, b):
+        self.meetings.append((a.reshape(-1), b.reshape(-1)))
+
     def fresh(self, size):
         self.total += size
         return torch.arange(self.total - size, self.total)
 
     def unite(self, a, b):
         self.edges.append((a.reshape(-1), b.reshape(-1)))
+        self.in_order(a, b)
+
+    def unite_rows(self, rows):
+        if rows.shape[1] > 1:
+            self.edges.append((rows[:, :1].expand_as(rows).reshape(-1), rows.reshape(-1)))
 
     def split_evenly(self, rows):
         self.ties += [(rows[:, 0], rows[:, i]) for i in range(1, rows.shape[1])]
         self.pieces = max(self.pieces, rows.shape[1])
+        self.places_matter = True
 
     def freeze(self, label, reason):
         self.frozen.append((label.reshape(-1), self._placed(reason)))

@@ -226,7 +226,7 @@ def _hard_coded(model, graph: ChannelGraph, places_matter: bool) -> dict[int, st
     near: list[dict[str, int]] = []  # who is asked first
     fault = without(parts, labelled=True) if parts else None
     if fault is None and last:
-        parts, near, fault = parts + last, last, without(parts + last, labelled=False)
+        parts, near, fault = parts + last, last, without(parts + last, labelled=True)
     if fault is None:
         return {}
     reason, blamed, suspects = fault

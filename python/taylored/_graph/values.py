@@ -6,6 +6,7 @@ bundle of groups without these units?), it asks its `Rehearser`.
 """
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -179,9 +180,9 @@ class ChannelGraph(Value):
     model: the name of its class. layers: every convolution and linear layer, by name. shapes, dtypes: every parameter's and
     buffer's; parameters: which are some. components: for every (tensor, dimension) the component of each index; frozen:
     component -> why it cannot be removed. passes: the forward passes that were traced. fully_connected: as given to `trace`.
-    bundles: groups that can only shrink together. flops are those of the example inputs in eval mode, two per multiply-add, as
-    torch.utils.flop_counter counts them. rehearser: how to reach the model; none where the graph comes from a file or a
-    pickle: then plans are made with `model=`.
+    bundles: groups that can only shrink together. meetings: the pairs of slots that meet one by one, [2, n], counted as in
+    `slots`. flops are those of the example inputs in eval mode, two per multiply-add, as torch.utils.flop_counter counts them.
+    rehearser: how to reach the model; none where the graph comes from a file or a pickle: then plans are made with `model=`.
     """
 
     model: str
@@ -196,6 +197,7 @@ class ChannelGraph(Value):
     passes: tuple[Pass, ...]
     fully_connected: bool
     bundles: tuple[Bundle, ...] = ()
+    meetings: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((2, 0), dtype=np.int64), repr=False)
     rehearser: Rehearser | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __getstate__(self):
@@ -394,6 +396,15 @@ class ChannelGraph(Value):
             gone[self.components[tensor, d][slots[units].flatten().numpy()]] = True
         return gone
 
+    def slots(self) -> dict[tuple[str, int], np.ndarray]:
+        """The number of every index of every (tensor, dimension)."""
+        ends = itertools.accumulate(map(len, self.components.values()))
+        return {key: np.arange(end - len(c), end) for (key, c), end in zip(self.components.items(), ends, strict=True)}
+
+    def _meetings_left(self, gone) -> np.ndarray:
+        stays = ~gone[np.concatenate([*self.components.values(), [FIXED]])]
+        return (np.cumsum(stays) - 1)[self.meetings[:, stays[self.meetings].all(axis=0)]]
+
     def after(self, removed: dict[str, torch.Tensor]) -> "ChannelGraph":
         """The graph of the model once the given units (group name -> unit indices) are gone. Raises ValueError if those of a
         bundle do not go together."""
@@ -431,6 +442,7 @@ class ChannelGraph(Value):
                 for name, shape in self.shapes.items()
             },
             components=components,
+            meetings=self._meetings_left(gone),
             flop_costs=tuple(Cost(c.coefficient, tuple(shared[id(d)] for d in c.dimensions)) for c in self.flop_costs),
             rehearser=self.rehearser and self.rehearser.of_another_graph(),
         )
