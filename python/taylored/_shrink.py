@@ -21,6 +21,8 @@ from taylored._proof import first_examples
 from taylored._recalibrate import recalibrate
 from taylored._residual import ResidualScorer
 
+STATISTICS = 32  # batches that batch norm's statistics are taken anew on
+
 
 def shrink(
     model: nn.Module,
@@ -76,12 +78,12 @@ def shrink(
         step = make_plan(graph, scorer.scores(), target_flops=budget, **options)
         proof = examples if verify else None
         compact(model, step, optimizer, also, verify=proof, mend=scorer, mend_frozen=frozen)
-        recalibrate(model, itertools.islice(batches, 32), share=0.5)
         plan, graph = plan.then(step), graph.after(step.removed)
         entry = {"round": number, "flops": graph.flops, "params": graph.params, "units": graph.units}
         entry |= {"seconds": round(time.perf_counter() - since, 3), "residuals": scorer.residuals}
         if log is not None:
             log(entry)
+    recalibrate(model, itertools.islice(batches, STATISTICS), share=0.5)
     return plan
 
 
