@@ -27,9 +27,9 @@ def parser(version: str) -> argparse.ArgumentParser:
             _shrink_options,
             "cut a pretrained image classifier without training it",
             "Remove what the rest of a classifier can replace, and let the rest replace it by least squares, on images without "
-            "their labels. As for prune, a model without weights is trained first, and so is a new last layer; nothing is trained "
-            "after a cut. Reports what mending restored, for one budget of FLOPs or several. --resume takes the fitted model from "
-            "--out and cuts anew.",
+            "their labels. As for prune, a model without weights is trained first, and so is a new last layer; nothing is "
+            "trained after a cut. Reports what mending restored, for one budget of FLOPs or several. --resume takes the fitted "
+            "model from --out and cuts anew.",
         ),
         (
             "rank",
@@ -119,7 +119,7 @@ def _shrink_options(p) -> None:
     group.add_argument("--rounds", type=POSITIVE, default=2, metavar="N", help="cuts on the way to the budget")
     group.add_argument("--round-to", type=POSITIVE, default=8, metavar="N", help="keep a multiple of N channels per layer")
     group.add_argument("--ignore", nargs="+", default=[], metavar="NAME", help="modules or groups that stay as they are")
-    group.add_argument("--examples", type=POSITIVE, default=1000, metavar="N", help="training images to cut and mend on")
+    group.add_argument("--examples", type=_number(int, 2), default=1000, metavar="N", help="training images to cut and mend on")
     _machine(p)
 
 

@@ -230,9 +230,9 @@ def page(summary: dict, plan: PrunePlan) -> str:
         ),
         (
             "What mending could not restore",
-            "Of every layer that lost inputs: the error of its outputs on images that the fit did not see, as a share of the error "
-            "without mending; the largest of all rounds. Close to 0 the other inputs say what the lost ones said; close to 1 or "
-            f"above it the images could not settle it. {warning(first['residuals'])}",
+            "Of every layer that lost inputs: the error of its outputs on images that the fit did not see, as a share of the "
+            "error without mending; the largest of all rounds. Close to 0 the other inputs say what the lost ones said; close to "
+            f"1 or above it the images could not settle it. {warning(first['residuals'])}",
             unsettled(first["residuals"]),
         ),
         (
