@@ -148,7 +148,7 @@ def _rank_options(p) -> None:
 
 
 def _export_options(p) -> None:
-    p.add_argument("--pruned", required=True, metavar="FILE", help="what `taylored prune` or `taylored.save` wrote")
+    p.add_argument("--pruned", required=True, metavar="FILE", help="what `taylored prune`, `shrink` or `taylored.save` wrote")
     p.add_argument("--out", required=True, metavar="FILE", help=f"the file to write, ending in one of {', '.join(FORMATS)}")
     p.add_argument("--model", metavar="NAME", help="as for prune (default: the one that the file names)")
     p.add_argument(
