@@ -69,8 +69,8 @@ def shrink(options: argparse.Namespace) -> dict:
     if options.train_epochs and not job.source.classes:
         raise data.DataError(f"--train-epochs: the images in {options.data} have no classes to train for")
     _check(job)
-    stale = (path.name for path in job.out.glob(f"{Path(PRUNED).stem}*.safetensors"))
-    resumed = begin(job, (TRAINED, METRICS, SUMMARY, REPORT, *stale))
+    stale = (path.name for path in job.out.glob(f"{Path(PRUNED).stem}-[0-9]*.safetensors"))
+    resumed = begin(job, (TRAINED, PRUNED, *stale, METRICS, SUMMARY, REPORT))
     log = Log(job.out / METRICS)
     train, test = images(job)
     if job.source.classes:
