@@ -71,6 +71,7 @@ LINE = [
     "_cli.job",
     "_cli.prune",
     "_cli.rank",
+    "_cli.shrink",
     "_cli.export",
     "_cli.options",
     "_cli.main",

@@ -1,4 +1,4 @@
-"""Labelled images for the command: scikit-learn's digits, or a folder in torchvision's ImageFolder form.
+"""Images for the command: scikit-learn's digits, a folder in torchvision's ImageFolder form, or one of images without classes.
 
 `find` looks at what is there and complains early; `Source.load` decodes every image once into uint8 memory (or, above
 MEMORY_LIMIT, on every visit) and returns loaders of normalised float batches. Random crops draw from torch's global
@@ -18,6 +18,7 @@ MEMORY_LIMIT = 2 * 2**30  # bytes of decoded images that are kept
 RESIZE = 256 / 224  # shorter side kept : image size, as torchvision and timm evaluate
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 DIGITS = ((0.3053,), (0.3760,))  # mean and standard deviation of the 1797 digits' pixels, in 0..1
+HELD_OUT = 5  # of images without classes, in the order of their names, every fifth is the test split
 
 
 class DataError(ValueError):
@@ -26,7 +27,8 @@ class DataError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What was found: the classes, and the files of each split with their class indices (none for the digits)."""
+    """What was found: the classes (none where images have no labels), and the files of each split with their class indices (no
+    files for the digits; indices of 0 where there are no classes)."""
 
     name: str
     classes: tuple[str, ...]
@@ -51,13 +53,18 @@ class Source:
         return tuple(kind(self.files[split], image_size, side, channels, split == "train") for split in ("train", "test"))
 
 
-def find(name: str) -> Source:
-    """The data called `name`: "digits", or a folder with train/CLASS/* and test/CLASS/*. Decodes nothing."""
+def find(name: str, unlabelled: bool = False) -> Source:
+    """The data called `name`: "digits", or a folder with train/CLASS/* and test/CLASS/*. Decodes nothing.
+
+    unlabelled: it may also be a folder with images and no train/ in it: a Source without classes."""
     if name == "digits":
         return Source("digits", tuple("0123456789"), 1, 8, {})
     root = Path(name)
     if not root.is_dir():
-        raise DataError(f"--data {name}: no such folder; expected 'digits', or a folder with train/CLASS/* and test/CLASS/*")
+        flat = ", or a folder of images" if unlabelled else ""
+        raise DataError(f"--data {name}: no such folder; expected 'digits', a folder with train/CLASS/* and test/CLASS/*{flat}")
+    if unlabelled and not (root / "train").is_dir():
+        return Source(name, (), 3, None, _flat(root))
     classes, files = {}, {}
     for split in ("train", "test"):
         classes[split], files[split] = _scan(root / split)
@@ -69,21 +76,41 @@ def find(name: str) -> Source:
     return Source(name, tuple(classes["train"]), 3, None, files)
 
 
+def _flat(root: Path) -> dict[str, tuple[tuple[str, int], ...]]:
+    """The splits of a folder of images."""
+    extensions = _folders().IMG_EXTENSIONS
+    files = [(str(path), 0) for path in sorted(root.iterdir()) if path.suffix.lower() in extensions]
+    if len(files) < HELD_OUT:
+        raise DataError(
+            f"--data: {root} has {len(files)} images and no train folder; expected train/CLASS/* and test/CLASS/*, or "
+            f"{HELD_OUT} images or more ({', '.join(extensions)})"
+        )
+    held_out = tuple(files[HELD_OUT - 1 :: HELD_OUT])
+    return {"train": tuple(f for i, f in enumerate(files, start=1) if i % HELD_OUT), "test": held_out}
+
+
+def _folders():
+    """torchvision's module that reads folders."""
+    try:
+        from torchvision.datasets import folder
+    except ModuleNotFoundError as error:
+        raise DataError("--data: reading folders needs torchvision: pip install 'taylored[cli]'") from error
+    return folder
+
+
 def _scan(folder: Path):
     """Classes and (file, class index) pairs of one split."""
     if not folder.is_dir():
         raise DataError(f"--data: {folder} is missing; expected a folder with one folder of images per class")
-    try:
-        from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-    except ModuleNotFoundError as error:
-        raise DataError("--data: reading folders needs torchvision: pip install 'taylored[cli]'") from error
+    reader = _folders()
+    extensions = reader.IMG_EXTENSIONS
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     if not classes:
         raise DataError(f"--data: {folder} has no class folders; expected {folder}/CLASS/*.jpg")
     index = {name: i for i, name in enumerate(classes)}
-    files = make_dataset(str(folder), index, IMG_EXTENSIONS, allow_empty=True)
+    files = reader.make_dataset(str(folder), index, extensions, allow_empty=True)
     if empty := [name for name in classes if index[name] not in {i for _, i in files}]:
-        raise DataError(f"--data: {folder / empty[0]} has no images ({', '.join(IMG_EXTENSIONS)})")
+        raise DataError(f"--data: {folder / empty[0]} has no images ({', '.join(extensions)})")
     return classes, tuple(files)
 
 
@@ -116,9 +143,17 @@ class Batches:
 
     def sample(self, examples: int) -> "Batches":
         """So many of the images (or all there are), drawn at random once, crops and all: the same at every iteration."""
-        pixels, labels = self.images.__getitems__(torch.randperm(len(self.images))[:examples].tolist())
-        drawn = Digits(pixels, labels, shift=0)
-        return Batches(drawn, self.batch_size, self.mean.flatten(), self.std.flatten(), train=False)
+        return self._of(*self.images.__getitems__(torch.randperm(len(self.images))[:examples].tolist()))
+
+    def calibration(self, examples: int) -> "Batches":
+        """So many of the images (or all there are) as a test split shows them: always the same ones, in the same order, in which
+        classes are mixed."""
+        generator = torch.Generator().manual_seed(0)
+        return self._of(*self.images.still(torch.randperm(len(self.images), generator=generator)[:examples].tolist()))
+
+    def _of(self, pixels, labels) -> "Batches":
+        """These images, in the same batches."""
+        return Batches(Digits(pixels, labels, shift=0), self.batch_size, self.mean.flatten(), self.std.flatten(), train=False)
 
 
 def _as_they_are(batch):
@@ -133,6 +168,10 @@ class Digits(Dataset):
 
     def __len__(self):
         return len(self.labels)
+
+    def still(self, indices):
+        """Images and labels, not shifted."""
+        return self.pixels[indices], self.labels[indices]
 
     def __getitems__(self, indices):
         batch = self.pixels[indices]  # [N, C, H, W]
@@ -176,13 +215,18 @@ class Files(Dataset):
         self.files, self.side, self.channels = files, side, channels
         self.labels = torch.tensor([label for _, label in files])
         random = [v2.RandomResizedCrop(image_size, scale=(0.35, 1.0), antialias=True), v2.RandomHorizontalFlip()]
-        self.crop = v2.Compose(random) if train else v2.CenterCrop(image_size)
+        self.middle = v2.CenterCrop(image_size)
+        self.crop = v2.Compose(random) if train else self.middle
 
     def __len__(self):
         return len(self.files)
 
     def decoded(self, index) -> torch.Tensor:
         return decode(self.files[index][0], self.side, self.channels)
+
+    def still(self, indices):
+        """The middles of images, and labels."""
+        return torch.stack([self.middle(self.decoded(i)) for i in indices]), self.labels[indices]
 
     def __getitems__(self, indices):
         return torch.stack([self.crop(self.decoded(i)) for i in indices]), self.labels[indices]

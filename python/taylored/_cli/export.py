@@ -16,7 +16,7 @@ def export(options: argparse.Namespace) -> None:
     extra = read(options.pruned)[2]["extra"]
     settings = extra.get("summary", extra).get("settings", {})
     name = options.model or settings.get("model")
-    classes = options.classes or len(settings.get("classes", ())) or None
+    classes = options.classes or settings.get("outputs") or len(settings.get("classes", ())) or None
     if not name:
         raise CheckpointError(f"{options.pruned} does not say what model it was pruned from: give --model")
     size, channels = options.image_size or settings.get("image_size"), settings.get("channels", 3)

@@ -52,8 +52,9 @@ class Job:
         return self.network.model
 
 
-def prepare(options: argparse.Namespace) -> Job:
-    """Build, trace and check: whatever can be wrong with the options is found here."""
+def prepare(options: argparse.Namespace, unlabelled: bool = False) -> Job:
+    """Build, trace and check: whatever can be wrong with the options is found here. unlabelled: --data may have no classes; the
+    model keeps its own then."""
     if not importlib.util.find_spec("matplotlib"):  # noticed now, not after hours of training
         raise OutError("the report needs matplotlib: pip install 'taylored[cli]'")
     out = _folder(options.out)
@@ -61,7 +62,7 @@ def prepare(options: argparse.Namespace) -> Job:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    source = data.find(options.data)
+    source = data.find(options.data, unlabelled)
     network = zoo.build(
         options.model,
         options.weights,
@@ -92,7 +93,7 @@ def _settings(options, source, network) -> dict:
     defaults = {
         "lr": 3e-4 if scratch else 1e-4,
         "batch_norm": "train" if scratch else "frozen",
-        "train_epochs": 20 if scratch else 3 if network.new_head else 0,
+        "train_epochs": 0 if not source.classes else 20 if scratch else 3 if network.new_head else 0,
     }
     filled |= {name: value for name, value in defaults.items() if name in options and getattr(options, name) is None}
     settings = {name: value for name, value in vars(options).items() if name not in FREE} | filled
@@ -170,6 +171,12 @@ def _train(job, batches, log) -> None:
 def cosine(share: float) -> float:
     """A learning-rate factor: from 1 down to 0.01 as `share` goes from 0 to 1."""
     return 0.505 + 0.495 * math.cos(math.pi * min(share, 1.0))
+
+
+@torch.inference_mode()
+def predictions(model: nn.Module, batches, device: torch.device) -> torch.Tensor:
+    """[N] on the CPU: the class of every image's largest output."""
+    return torch.cat([model(inputs.to(device)).argmax(1).cpu() for inputs, _ in batches])
 
 
 @torch.inference_mode()

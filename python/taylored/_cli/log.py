@@ -1,6 +1,7 @@
 """metrics.jsonl, and what the terminal says of it."""
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -23,18 +24,24 @@ class Log:
 
     def write(self, event: dict) -> None:
         with open(self.path, "a") as file:
-            file.write(json.dumps(event | {"elapsed": round(self.elapsed(), 3)}) + "\n")
+            file.write(json.dumps(without_nan(event) | {"elapsed": round(self.elapsed(), 3)}) + "\n")
         if event["event"] != "latency":
             print(_line(event), flush=True)
 
 
+def without_nan(value):
+    """JSON has no NaN: null."""
+    if isinstance(value, dict):
+        return {k: without_nan(v) for k, v in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def _line(event) -> str:
-    number = event.get("round", event.get("epoch", ""))
+    number = event.get("round", event.get("epoch", event.get("target", "")))
     words = [f"{event['event'].replace('_', ' ')} {number}".ljust(18)]
     if "flops" in event:
         words += [f"{event['flops_left']:6.1%} of the FLOPs", f"{event['units']:6d} units"]
     if event.get("loss") is not None:
         words.append(f"loss {event['loss']:.4f}")
-    if "accuracy" in event:
-        words.append(f"accuracy {event['accuracy']:.2%}")
+    words += [f"{name} {event[name]:.2%}" for name in ("accuracy", "agreement") if name in event]
     return "  ".join([*words, f"{event['seconds']:.1f} s"])

@@ -1,5 +1,6 @@
 """The command: `taylored prune` takes a classifier and a folder of images, and leaves a smaller one and a report;
-`taylored rank` judges the criteria instead, `taylored export` writes what was pruned for other runtimes.
+`taylored shrink` does so without training, `taylored rank` judges the criteria, `taylored export` writes what was pruned for
+other runtimes.
 """
 
 import ctypes
@@ -13,10 +14,11 @@ from taylored._cli.job import OutError
 from taylored._cli.options import parser
 from taylored._cli.prune import prune
 from taylored._cli.rank import rank
+from taylored._cli.shrink import shrink
 from taylored._cli.zoo import ModelError
 from taylored._errors import CheckpointError, ExportError, PlanError, TraceError
 
-COMMANDS = {"prune": prune, "rank": rank, "export": export}
+COMMANDS = {"prune": prune, "shrink": shrink, "rank": rank, "export": export}
 ERRORS = (DataError, ModelError, OutError, CheckpointError, PlanError, TraceError, ExportError, FloatingPointError)
 
 

@@ -23,6 +23,15 @@ def parser(version: str) -> argparse.ArgumentParser:
             "Fit a classifier to a folder of images, prune it to a budget while it trains, and report.",
         ),
         (
+            "shrink",
+            _shrink_options,
+            "cut a pretrained image classifier without training it",
+            "Remove what the rest of a classifier can replace, and let the rest replace it by least squares, on images without "
+            "their labels. As for prune, a model without weights is trained first, and so is a new last layer; nothing is "
+            "trained after a cut. Reports what mending restored, for one budget of FLOPs or several. --resume takes the fitted "
+            "model from --out and cuts anew.",
+        ),
+        (
             "rank",
             _rank_options,
             "judge criteria of pruning by the oracle",
@@ -91,6 +100,29 @@ def _prune_options(p) -> None:
     group.add_argument("--latency-batch", type=POSITIVE, default=8, metavar="N", help="images per batch when latency is measured")
 
 
+def _shrink_options(p) -> None:
+    _what_and_images(
+        p,
+        data="'digits', a folder with train/CLASS/* and test/CLASS/*, or one of images without classes: the model stays as it "
+        "comes, and what is reported is how often it agrees with the uncut one on every fifth image, held out",
+        resume="take the fitted model from --out; the cuts are made anew",
+    )
+    _training(p)
+    p.set_defaults(lr=None)
+    group = p.add_argument_group("shrinking")
+    group.add_argument(
+        "--target-flops", type=_fraction_above_0, default=0.65, metavar="F", help="share of the FLOPs that may remain, in (0, 1]"
+    )
+    group.add_argument(
+        "--sweep", type=_fractions, default=[], metavar="F,F,...", help="further such shares, each a model of its own: 0.8,0.5"
+    )
+    group.add_argument("--rounds", type=POSITIVE, default=2, metavar="N", help="cuts on the way to the budget")
+    group.add_argument("--round-to", type=POSITIVE, default=8, metavar="N", help="keep a multiple of N channels per layer")
+    group.add_argument("--ignore", nargs="+", default=[], metavar="NAME", help="modules or groups that stay as they are")
+    group.add_argument("--examples", type=_number(int, 2), default=1000, metavar="N", help="training images to cut and mend on")
+    _machine(p)
+
+
 def _rank_options(p) -> None:
     _what_and_images(p)
     _training(p)
@@ -116,7 +148,7 @@ def _rank_options(p) -> None:
 
 
 def _export_options(p) -> None:
-    p.add_argument("--pruned", required=True, metavar="FILE", help="what `taylored prune` or `taylored.save` wrote")
+    p.add_argument("--pruned", required=True, metavar="FILE", help="what `taylored prune`, `shrink` or `taylored.save` wrote")
     p.add_argument("--out", required=True, metavar="FILE", help=f"the file to write, ending in one of {', '.join(FORMATS)}")
     p.add_argument("--model", metavar="NAME", help="as for prune (default: the one that the file names)")
     p.add_argument(
@@ -128,11 +160,11 @@ def _export_options(p) -> None:
     p.add_argument("--batch", type=POSITIVE, metavar="N", help="images per batch, fixed (default: any number)")
 
 
-def _what_and_images(p) -> None:
+def _what_and_images(
+    p, data="'digits', or a folder with train/CLASS/* and test/CLASS/*", resume="go on from what --out has"
+) -> None:
     group = p.add_argument_group("what")
-    group.add_argument(
-        "--data", default="digits", metavar="SRC", help="'digits', or a folder with train/CLASS/* and test/CLASS/*"
-    )
+    group.add_argument("--data", default="digits", metavar="SRC", help=data)
     group.add_argument(
         "--model", default="small_vgg", metavar="NAME", help="a torchvision name, timm:NAME, small_vgg or file.py:function"
     )
@@ -140,7 +172,7 @@ def _what_and_images(p) -> None:
         "--weights", default="none", metavar="W", help="'none', 'DEFAULT' (download), or a .safetensors, .pth or .pt file"
     )
     group.add_argument("--out", required=True, metavar="DIR", help="where the model, the figures and the report go")
-    group.add_argument("--resume", action="store_true", help="go on from what --out has")
+    group.add_argument("--resume", action="store_true", help=resume)
     group = p.add_argument_group("images")
     group.add_argument(
         "--image-size",
@@ -223,3 +255,7 @@ def _fraction_above_0(text):
     if value == 0:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a number above 0 and at most 1")
     return value
+
+
+def _fractions(text):
+    return [_fraction_above_0(part) for part in text.split(",")]

@@ -22,7 +22,7 @@ from torch import distributed, nn
 
 from taylored._cli import data, report
 from taylored._cli.job import CHECKPOINT, METRICS, SUMMARY, TRAINED, Job, accuracy, begin, fit, images, prepare
-from taylored._cli.log import Log
+from taylored._cli.log import Log, without_nan
 from taylored._files import write_atomically
 from taylored._graph.values import ChannelGraph
 from taylored._masking import masked
@@ -158,14 +158,7 @@ def _summarise(job: Job, scores: dict[str, Scores], times, judged, test_accuracy
         "settings": job.settings | {"criteria": list(scores)},
         "machine": {"device": str(job.device), "threads": torch.get_num_threads(), "torch": torch.__version__},
     }
-    return _without_nan(summary)
-
-
-def _without_nan(value):
-    """JSON has no NaN: null."""
-    if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return without_nan(summary)
 
 
 def curve(model: nn.Module, graph: ChannelGraph, scores: Scores, batches, normalize: str) -> list[tuple[int, float]]:

@@ -42,8 +42,8 @@ class Network:
 
 
 def build(name: str, weights: str, num_classes: int | None, *, channels: int = 3, image_size: int | None = None) -> Network:
-    """The model called `name` with `weights` and an output of `num_classes`. None: as it comes, whatever its outputs; for
-    weights 'none' or 'DEFAULT'.
+    """The model called `name` with `weights` and an output of `num_classes`. 0: as many classes as it or its weights come with.
+    None: as it comes, whatever its outputs; for weights 'none' or 'DEFAULT'.
 
     channels: of the images, for a model that lets one choose; image_size: for finding the last layer by a forward pass,
     the model's own by default. Raises ModelError naming the option that cannot be met."""
@@ -69,7 +69,7 @@ def build(name: str, weights: str, num_classes: int | None, *, channels: int = 3
     notes = [load_weights(model, head, weights)] if weights not in ("none", "DEFAULT") else []
     _drop_auxiliary(model)
     new_head = None
-    if _outputs(model.get_submodule(head)) != num_classes:
+    if num_classes and _outputs(model.get_submodule(head)) != num_classes:
         notes.append(f"replaced the last layer, {head}: {_outputs(model.get_submodule(head))} -> {num_classes} classes")
         replace_head(model, head, num_classes)
         new_head = head
