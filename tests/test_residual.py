@@ -177,6 +177,12 @@ def shrunk_again(whole, x):
     return net
 
 
+def test_a_single_example_promises_little_and_breaks_nothing():
+    net, x = conv_net(), [batches(1, 1)[0].float()]
+    plan = shrink(net.float(), x, 0.7, 1, 1, progress=False)
+    assert plan.flops[1] <= 0.7 * plan.flops[0] and net(x[0]).isfinite().all()
+
+
 def test_shrinking_other_outputs_and_refusals():
     class Maps(nn.Module):
         def __init__(self):

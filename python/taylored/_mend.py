@@ -60,7 +60,8 @@ class Mending:
 def mendings(graph: ChannelGraph, plan: PrunePlan, measured: InputMoments, frozen: bool = False) -> dict[str, Mending]:
     """Layer -> how it is mended when the plan is applied: every measured layer that loses inputs. frozen: also those whose
     weights take no gradient."""
-    model, name_at, modules = measured.model, holders(measured.model), {}
+    model, name_at = measured.model, holders(measured.model)
+    modules: dict[str, list[str]] = {}
     for name in (
         collected := measured.collected()
     ):  # a weight that several layers share is mended once, for all that they take in
@@ -119,7 +120,7 @@ def _mending(module, weight, axis, places, plan, moments: Moments, constant, sub
         return float((gram * left).sum())
 
     halves = list(moments.halves(centred))
-    share, held_out = best_ridge(lambda share: sum(error(test, of(fit, share)) for fit, test in halves))
+    share, held_out = best_ridge(moments, lambda share: sum(error(test, of(fit, share)) for fit, test in halves))
     before = sum(float((gram * test[removed][:, removed]).sum()) for _, test in halves)
     mean, covariance = moments.over(centred=centred)
     mix = of(covariance, share)

@@ -8,6 +8,7 @@ then, and the places are positions.
 
 import functools
 import inspect
+import math
 from collections.abc import Iterable
 
 import torch
@@ -20,7 +21,7 @@ from taylored._torch_compat import current_backward, own_tensors, watch_hooks
 FOLDS = 2
 POSITIONS = 128  # of each example, at most, evenly spread: neighbours say much the same
 MOST = 4096  # channels of an input, of which FOLDS x C x C numbers are kept
-RIDGES = (1e-12, 1e-6, 1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)  # shares of each channel's variance
+RIDGES = (1e-12, 1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)  # shares of each channel's variance
 
 
 class Moments:
@@ -33,6 +34,7 @@ class Moments:
         self.products = torch.zeros(FOLDS, channels, channels, dtype=torch.float64, device=device)
         self.pivot = torch.zeros(channels, dtype=torch.float64, device=device)
         self.examples = 0
+        self.rounding = 0.0  # of the products, as a share of them
 
     def add(self, x: torch.Tensor) -> None:
         """x: [examples, positions, C], in float32 or float64."""
@@ -45,6 +47,7 @@ class Moments:
             self.sums[fold] += mine.sum(0, dtype=torch.float64)
             self.products[fold] += mine.T @ mine
         self.examples += len(x)
+        self.rounding = max(self.rounding, 10 * torch.finfo(x.dtype).eps)
 
     def __iadd__(self, other: "Moments") -> "Moments":
         """Those of both; they come to have one pivot."""
@@ -55,7 +58,13 @@ class Moments:
         self.sums += sums
         self.rows += other.rows
         self.examples += other.examples
+        self.rounding = max(self.rounding, other.rounding)
         return self
+
+    @property
+    def folds_filled(self) -> int:
+        """How many folds have rows."""
+        return int((self.rows > 0).sum())
 
     def over(self, folds: tuple[int, ...] | None = None, centred: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean [C] and covariance [C, C] over some of the folds (None: all), float64. Not centred: a mean of zero, and second
@@ -71,7 +80,7 @@ class Moments:
 
     def halves(self, centred: bool = True):
         """(covariance to fit on, covariance to judge by), for every fold that is left out; none where a fold is empty."""
-        if bool((self.rows == 0).any()):
+        if self.folds_filled < FOLDS:
             return
         for fold in range(FOLDS):
             fit = tuple(other for other in range(FOLDS) if other != fold)
@@ -85,21 +94,24 @@ def ridge_of(covariance: torch.Tensor, share: float) -> torch.Tensor:
     return covariance + torch.diag(share * variances + 1e-12 * variances.mean().clamp(min=1e-30))
 
 
-def best_ridge(error) -> tuple[float, float]:
-    """The share in RIDGES with the least held-out error(share), and that error, which falls and then rises: so half of them
-    need never be tried. The least share where nothing was held out."""
+def best_ridge(moments: Moments, error) -> tuple[float, float]:
+    """The share in RIDGES with the least held-out error(share), and that error, which falls and then rises: so half of them need
+    never be tried. The greatest where nothing is held out, and NaN; none that the moments' own rounding would show through."""
+    shares = [share for share in RIDGES if share > moments.rounding] or [RIDGES[-1]]
+    if moments.folds_filled < 2:
+        return shares[-1], math.nan
     known: dict[int, float] = {}
 
     def at(i):
         if i not in known:
-            known[i] = error(RIDGES[i])
+            known[i] = error(shares[i])
         return known[i]
 
-    low, high = 0, len(RIDGES) - 1
+    low, high = 0, len(shares) - 1
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if at(middle) <= at(middle + 1) else (middle + 1, high)
-    return RIDGES[low], at(low)
+    return shares[low], at(low)
 
 
 def places_of(graph: ChannelGraph, name: str) -> torch.Tensor | None:
@@ -117,7 +129,8 @@ def rows_of(module: nn.Module, x: torch.Tensor, places: torch.Tensor) -> torch.T
     x = x.detach()
     if isinstance(module, CONVOLUTIONS):
         if all(k == 1 for k in module.kernel_size) and not module.transposed:
-            x = x[(..., *(slice(None, None, s) for s in module.stride))]  # the positions that it sees
+            seen = (slice(None), slice(None), *(slice(None, None, step) for step in module.stride))
+            x = x[seen]  # the positions that it sees
         x = x.flatten(2)
         x = x[:, :, _spread(x.shape[2], x.device)].transpose(1, 2)
     else:

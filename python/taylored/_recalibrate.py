@@ -1,6 +1,7 @@
 """Take batch norm's statistics anew, over given data."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,9 @@ def recalibrate(model: nn.Module, batches: Iterable[Inputs], *, share: float = 1
     there are no batches or share is not in [0, 1]; then, and if the model fails, nothing has changed."""
     if not 0 <= share <= 1:
         raise ValueError(f"share must lie in [0, 1], got {share!r}")
-    norms = [n for n in batch_norms(check_module(model)).values() if n.track_running_stats and n.running_mean is not None]
+    norms: list[Any] = [
+        n for n in batch_norms(check_module(model)).values() if n.track_running_stats and n.running_mean is not None
+    ]
     before = [(n.running_mean.clone(), n.running_var.clone(), n.num_batches_tracked.clone(), n.momentum) for n in norms]
     share_taken = 0.0
     try:

@@ -79,7 +79,8 @@ class ResidualScorer(InputMoments):
             mine = []
             for name in (name for name in group.inputs if name in consumers):
                 slots = torch.arange(group.units)[:, None] if self.places[name].shape[1] > 1 else group.inputs[name]
-                mine.append(Consumer(*(x.numpy() for x in consumers[name]), slots.numpy()))
+                precision, weights = consumers[name]
+                mine.append(Consumer(precision.numpy(), weights.numpy(), slots.numpy()))
             if mine:
                 order, costs = greedy(mine)
                 slopes = torch.empty(group.units, dtype=torch.float64)
@@ -101,7 +102,7 @@ class ResidualScorer(InputMoments):
         def error(share):
             return sum(float((residuals(fit, test, share) * weights.diagonal()).sum()) for fit, test in moments.halves())
 
-        share, _ = best_ridge(error)
+        share, _ = best_ridge(moments, error)
         return torch.linalg.inv(ridge_of(moments.over()[1], share)).cpu(), weights.cpu()
 
 
@@ -115,7 +116,7 @@ def residuals(fit: torch.Tensor, test: torch.Tensor, share: float) -> torch.Tens
 
 def input_weights(module: nn.Module, places: torch.Tensor) -> torch.Tensor:
     """A consumer's weight as [outputs, C, places, taps], float64."""
-    weight = module.weight.detach().double()
+    weight = module.get_parameter("weight").detach().double()
     weight = weight.transpose(0, 1) if getattr(module, "transposed", False) else weight
     return weight.reshape(*weight.shape[:2], -1)[:, places.to(weight.device)]
 
@@ -123,9 +124,10 @@ def input_weights(module: nn.Module, places: torch.Tensor) -> torch.Tensor:
 def quadratic(module: nn.Module, places: torch.Tensor, fisher: torch.Tensor) -> torch.Tensor:
     """sum over places and taps of W' F W, [C, C]: what errors of the inputs cost, taps taken as independent."""
     weight = input_weights(module, places)
-    return sum(
-        weight[:, :, m, t].T @ (fisher @ weight[:, :, m, t]) for m in range(weight.shape[2]) for t in range(weight.shape[3])
-    )
+    found = weight.new_zeros(weight.shape[1], weight.shape[1])
+    for w in weight.flatten(2).unbind(2):
+        found += w.T @ (fisher @ w)
+    return found
 
 
 class Consumer:
@@ -188,7 +190,7 @@ def greedy(consumers: list[Consumer]) -> tuple[np.ndarray, np.ndarray]:
     order, costs = np.empty(units, dtype=np.int64), np.empty(units)
     gone = np.zeros(units, dtype=bool)
     for step in range(units):
-        cost = sum(consumer.costs() for consumer in consumers)
+        cost = np.sum([consumer.costs() for consumer in consumers], axis=0)
         cost[gone] = np.inf
         order[step] = unit = int(cost.argmin())
         costs[step], gone[unit] = cost[unit], True

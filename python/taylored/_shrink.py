@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -66,7 +67,7 @@ def shrink(
     examples = first_examples(first)
     whole = graph = trace(model, examples)
     plan = PrunePlan.of(graph, {})
-    options = {"per_flop": True, "round_to": round_to, "ignore": ignore}
+    options: dict[str, Any] = {"per_flop": True, "round_to": round_to, "ignore": ignore}
     any_scores = {g.name: torch.ones(g.units) for g in graph.groups}
     make_plan(graph, any_scores, target_flops=target_flops, **options)  # whether it can be met
     total = int(target_flops) if target_flops > 1 else int(target_flops * whole.flops)
@@ -79,7 +80,7 @@ def shrink(
         proof = examples if verify else None
         compact(model, step, optimizer, also, verify=proof, mend=scorer, mend_frozen=frozen)
         plan, graph = plan.then(step), graph.after(step.removed)
-        entry = {"round": number, "flops": graph.flops, "params": graph.params, "units": graph.units}
+        entry: dict[str, Any] = {"round": number, "flops": graph.flops, "params": graph.params, "units": graph.units}
         entry |= {"seconds": round(time.perf_counter() - since, 3), "residuals": scorer.residuals}
         if log is not None:
             log(entry)
@@ -109,4 +110,5 @@ def _own_loss(output, generators, seed) -> torch.Tensor:
         logits = outputs[0].float()
         labels = torch.multinomial(logits.detach().softmax(1), 1, generator=generator).flatten()
         return F.cross_entropy(logits, labels, reduction="sum")
-    return sum((t * torch.randn(t.shape, dtype=t.dtype, device=device, generator=generator)).sum() for t in outputs)
+    noise = (torch.randn(t.shape, dtype=t.dtype, device=device, generator=generator) for t in outputs)
+    return torch.stack([(t * n).sum() for t, n in zip(outputs, noise, strict=True)]).sum()

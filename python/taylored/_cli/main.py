@@ -16,10 +16,20 @@ from taylored._cli.prune import prune
 from taylored._cli.rank import rank
 from taylored._cli.shrink import shrink
 from taylored._cli.zoo import ModelError
-from taylored._errors import CheckpointError, ExportError, PlanError, TraceError
+from taylored._errors import CheckpointError, ExportError, PlanError, TraceError, VerificationError
 
 COMMANDS = {"prune": prune, "shrink": shrink, "rank": rank, "export": export}
-ERRORS = (DataError, ModelError, OutError, CheckpointError, PlanError, TraceError, ExportError, FloatingPointError)
+ERRORS = (
+    DataError,
+    ModelError,
+    OutError,
+    CheckpointError,
+    PlanError,
+    TraceError,
+    VerificationError,
+    ExportError,
+    FloatingPointError,
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
