@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import taylored
+from taylored import _compact
 
 STEPS, BATCH = 4, 8
 
@@ -88,6 +89,28 @@ def mended(world=1, rank=0):
     return moments, model.state_dict()
 
 
+def one_fails(rank):
+    """What each process is told when the cut is proven wrong in one of them, and whether its model is as it was."""
+    model = net("chain")
+    before = nets.snapshot(model)
+    plan = taylored.random_plan(taylored.trace(model, nets.inputs(dtype=torch.float64)), 0.5)
+    proven = _compact.prove
+
+    def prove(*args):
+        if rank == 1:
+            raise taylored.VerificationError("they part at layer 'second'", 0.5, "second")
+        return proven(*args)
+
+    _compact.prove = prove
+    try:
+        taylored.compact(DistributedDataParallel(model), plan, verify=nets.inputs(dtype=torch.float64))
+    except taylored.VerificationError as error:
+        return str(error), nets.unchanged(before, model)
+    finally:
+        _compact.prove = proven
+    return "nothing", False
+
+
 def disagreement(rank):
     """What a process is told whose plan is another one than the others', and whether its model is as it was."""
     model = net("chain")
@@ -109,6 +132,7 @@ def work(folder):
     found = {f"{case}": by_hand(*case, world, rank) for case in CASES}
     found["loop"] = by_the_loop(folder, world, rank)
     found["mended"] = mended(world, rank)
+    found["one_fails"] = one_fails(rank)
     found["disagreement"] = disagreement(rank)
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()
@@ -162,6 +186,12 @@ def test_processes_mend_with_the_moments_of_all_and_to_the_same_bits(ranks):
         for a, b in zip(theirs[name], expected, strict=True):
             torch.testing.assert_close(a, b)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_all_processes_refuse_a_cut_that_one_of_them_proves_wrong(ranks):
+    for rank, found in enumerate(ranks):
+        said, untouched = found["one_fails"]
+        assert "'second'" in said and untouched and ("in process 1" in said) == (rank == 0)
 
 
 def test_processes_with_different_plans_are_refused(ranks):

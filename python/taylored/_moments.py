@@ -21,17 +21,19 @@ from taylored._torch_compat import current_backward, own_tensors, watch_hooks
 FOLDS = 2
 POSITIONS = 128  # of each example, at most, evenly spread: neighbours say much the same
 MOST = 4096  # channels of an input, of which FOLDS x C x C numbers are kept
+AT_ONCE = 2048  # rows that are multiplied at least, where there are as many
 RIDGES = (1e-12, 1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)  # shares of each channel's variance
 
 
 class Moments:
     """Sums of x and x x' over rows, [folds, C] and [folds, C, C], and how many rows they are of. Rows are taken relative to a
-    pivot, the mean of the first batch, so that large means cost no digits."""
+    pivot, the mean of the first batch, so that large means cost no digits; they wait until a product of them is worth its time."""
 
     def __init__(self, channels: int, device: torch.device | str = "cpu"):
         self.rows = torch.zeros(FOLDS, dtype=torch.float64, device=device)
-        self.sums = torch.zeros(FOLDS, channels, dtype=torch.float64, device=device)
-        self.products = torch.zeros(FOLDS, channels, channels, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(FOLDS, channels, dtype=torch.float64, device=device)
+        self._products = torch.zeros(FOLDS, channels, channels, dtype=torch.float64, device=device)
+        self._waiting: list[list[torch.Tensor]] = [[] for _ in range(FOLDS)]
         self.pivot = torch.zeros(channels, dtype=torch.float64, device=device)
         self.examples = 0
         self.rounding = 0.0  # of the products, as a share of them
@@ -41,21 +43,43 @@ class Moments:
         if not self.examples:
             self.pivot = x.mean((0, 1)).double()
         x = x - self.pivot.to(x.dtype)
-        for fold in range(FOLDS):
+        for fold, waiting in enumerate(self._waiting):
             mine = x[(fold - self.examples) % FOLDS :: FOLDS].reshape(-1, x.shape[-1])
             self.rows[fold] += len(mine)
-            self.sums[fold] += mine.sum(0, dtype=torch.float64)
-            self.products[fold] += mine.T @ mine
+            waiting.append(mine)
+            if sum(map(len, waiting)) >= max(AT_ONCE, x.shape[-1]):
+                self._settle(fold)
         self.examples += len(x)
         self.rounding = max(self.rounding, 10 * torch.finfo(x.dtype).eps)
+
+    def _settle(self, fold: int) -> None:
+        if waiting := self._waiting[fold]:
+            rows = torch.cat(waiting)
+            waiting.clear()
+            self._sums[fold] += rows.sum(0)
+            self._products[fold] += rows.T @ rows
+
+    @property
+    def sums(self) -> torch.Tensor:
+        """[folds, C]: of x less the pivot."""
+        for fold in range(FOLDS):
+            self._settle(fold)
+        return self._sums
+
+    @property
+    def products(self) -> torch.Tensor:
+        """[folds, C, C]."""
+        for fold in range(FOLDS):
+            self._settle(fold)
+        return self._products
 
     def __iadd__(self, other: "Moments") -> "Moments":
         """Those of both; they come to have one pivot."""
         move = other.pivot - self.pivot
         sums = other.sums + other.rows[:, None] * move
         cross = other.sums[:, :, None] * move + move[:, None] * sums[:, None, :]
-        self.products += other.products + cross
-        self.sums += sums
+        self._products = self.products + other.products + cross
+        self._sums = self.sums + sums
         self.rows += other.rows
         self.examples += other.examples
         self.rounding = max(self.rounding, other.rounding)
