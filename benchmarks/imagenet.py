@@ -5,7 +5,7 @@ norm's statistics taken anew, and cut and mended. The weights are those of the p
 the images lie in folders, the calibration images one of each class, the photographs with a table image,label (images.csv).
 
     OMP_NUM_THREADS=2 python benchmarks/imagenet.py --weights efficientnet-lite0-57934424.pth --sample imagenet_sample \\
-        --photos imagenet_photos [--targets 0.8 0.65 0.5] [--images 1000] [--seeds 0 1 2] [--rounds 2] [--out results.json]
+        --photos imagenet_photos [--targets 0.8 0.65 0.5] [--images 1000] [--seeds 0 1 2] [--rounds 1] [--out results.json]
 """
 
 import argparse
@@ -71,7 +71,7 @@ def main():
     parser.add_argument("--targets", nargs="+", type=float, default=[0.8, 0.65, 0.5])
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     size = SIZES[options.model]

@@ -1,6 +1,6 @@
 """What it costs to measure the inputs of all consumers: a forward pass with `InputMoments` beside the plain one, and the memory.
 
-    OMP_NUM_THREADS=1 python benchmarks/moments.py [--size 224] [--batch 8]
+OMP_NUM_THREADS=1 python benchmarks/moments.py [--size 224] [--batch 8]
 """
 
 import argparse

@@ -27,7 +27,7 @@ RIDGES = (1e-12, 1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)  
 
 class Moments:
     """Sums of x and x x' over rows, [folds, C] and [folds, C, C], and how many rows they are of. Rows are taken relative to a
-    pivot, the mean of the first batch, so that large means cost no digits; they wait until a product of them is worth its time."""
+    pivot, the mean of the first batch, so that large means cost no digits, and wait until a product of them is worth its time."""
 
     def __init__(self, channels: int, device: torch.device | str = "cpu"):
         self.rows = torch.zeros(FOLDS, dtype=torch.float64, device=device)

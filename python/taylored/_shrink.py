@@ -29,7 +29,7 @@ def shrink(
     model: nn.Module,
     batches: Iterable[Inputs],
     target_flops: float = 0.65,
-    rounds: int = 2,
+    rounds: int = 1,
     round_to: int = 8,
     ignore: Ignored = (),
     *,
@@ -43,14 +43,14 @@ def shrink(
     """Remove what the rest can replace, in place, and let the rest replace it: no labels, no training.
 
     batches: inputs in the forms of `example_inputs`, iterated once or twice a round (a list or a DataLoader that gives inputs
-    alone); as many and as various as there are: a thousand images settle what two hundred cannot. Each of `rounds` rounds
-    measures the loss that each unit would leave behind (`ResidualScorer`: with labels drawn from the softmax of the model's own
-    outputs [N, classes], any other output with Gaussian noise), removes the cheapest per FLOP saved, mends their consumers by
-    least squares, and moves batch norm's statistics half the way to those of the mended model. target_flops: what may remain, a
-    fraction or an absolute number for the first batch's first four examples. round_to, ignore: as for `make_plan`; optimizer,
-    also: as for `compact`. Layers whose weights take no gradient are not mended, unless none takes any. verify: prove each cut on
-    up to four examples. seed: of the drawn labels. log is called with a dict after every round: round, flops, params, units,
-    seconds, residuals (layer -> held-out error of its outputs as a share of that without mending).
+    alone); as many and as various as there are: a thousand images settle what two hundred cannot. Each of `rounds` rounds (more
+    than one has not paid) measures the loss that each unit would leave behind (`ResidualScorer`: with labels drawn from the
+    softmax of the model's own outputs [N, classes], any other output with Gaussian noise), removes the cheapest per FLOP saved,
+    mends their consumers by least squares; after the last, batch norm's statistics move half the way to the mended model's.
+    target_flops: what may remain, a fraction or an absolute number for the first batch's first four examples. round_to, ignore:
+    as for `make_plan`; optimizer, also: as for `compact`. Layers whose weights take no gradient are not mended, unless none takes
+    any. verify: prove each cut on up to four examples. seed: of the drawn labels. log is called with a dict after every round:
+    round, flops, params, units, seconds, residuals (layer -> held-out error of its outputs as a share of that without mending).
 
     Returns the plan, against the model as it was. Raises, before anything is touched, TypeError for batches that can be iterated
     only once, ValueError if there are none or they come with targets, PlanError for a budget that cannot be met.

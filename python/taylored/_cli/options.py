@@ -116,7 +116,7 @@ def _shrink_options(p) -> None:
     group.add_argument(
         "--sweep", type=_fractions, default=[], metavar="F,F,...", help="further such shares, each a model of its own: 0.8,0.5"
     )
-    group.add_argument("--rounds", type=POSITIVE, default=2, metavar="N", help="cuts on the way to the budget")
+    group.add_argument("--rounds", type=POSITIVE, default=1, metavar="N", help="cuts on the way to the budget")
     group.add_argument("--round-to", type=POSITIVE, default=8, metavar="N", help="keep a multiple of N channels per layer")
     group.add_argument("--ignore", nargs="+", default=[], metavar="NAME", help="modules or groups that stay as they are")
     group.add_argument("--examples", type=_number(int, 2), default=1000, metavar="N", help="training images to cut and mend on")
