@@ -202,14 +202,14 @@ def _hard_coded(model, graph: ChannelGraph, places_matter: bool) -> dict[int, st
                 return str(error), mode.blamed, mode.suspects
         return None
 
-    def culprits(parts) -> list[tuple[dict[str, int], str]]:
+    def culprits(parts, labelled=False) -> list[tuple[dict[str, int], str]]:
         """Those of the parts without which it goes wrong, and why: by halving, for there are few of them."""
-        if (wrong := without(parts, labelled=False)) is None:
+        if (wrong := without(parts, labelled)) is None:
             return []
         if len(parts) == 1:
             return [(parts[0], wrong[0])]
         half = len(parts) // 2
-        return culprits(parts[:half]) + culprits(parts[half:]) or [(part, wrong[0]) for part in parts]
+        return culprits(parts[:half], labelled) + culprits(parts[half:], labelled) or [(part, wrong[0]) for part in parts]
 
     # One unit of each group, and what the bundles lose first. Where a single one is left there is nothing to label it by.
     parts: list[dict[str, int]] = []
@@ -231,8 +231,10 @@ def _hard_coded(model, graph: ChannelGraph, places_matter: bool) -> dict[int, st
         return {}
     reason, blamed, suspects = fault
     members = {g.name: graph.members(g) for g in graph.groups}
-    if blamed:  # all units of a group are alike
+    if blamed & set(
+        itertools.chain.from_iterable(members.values())
+    ):  # all units of a group are alike; who stays anyway is no culprit
         return dict.fromkeys(blamed | {c for mine in members.values() if blamed & set(mine) for c in mine}, reason)
     near = near or [part for part in parts if any(suspects & set(members[name]) for name in part)]
-    found = (near and culprits(near)) or culprits(parts) or [(part, reason) for part in parts]  # the last: with labels alone
+    found = (near and culprits(near)) or culprits(parts) or culprits(parts, labelled=True) or [(part, reason) for part in parts]
     return {c: why for part, why in found for name in part for c in members[name]}
