@@ -283,7 +283,8 @@ def table(results) -> str:
         "",
         f"Made by `python benchmarks/coverage.py`, which says how (one CPU thread, torch {torch.__version__.split('+')[0]}). "
         "Error: the worst of three random plans. Torch-Pruning: whether the model runs with 30% of every layer but the "
-        "outputs gone, and how far it is from the original with the same channels zeroed. [Other libraries](#other-libraries).",
+        "outputs gone, and how far it is from the original with the same channels zeroed. The times are of an earlier run, on a "
+        "quieter machine, than errors and reasons. [Other libraries](#other-libraries).",
         "",
         *rows(ours, peer=True),
         "",
