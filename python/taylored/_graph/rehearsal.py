@@ -109,7 +109,9 @@ class Rehearsal(LabelMode):
         if len(self.met):
             pairs = _coded(self.slots[a], self.slots[b])
             near = self.met[torch.searchsorted(self.met, pairs).clamp(max=len(self.met) - 1)]
-            self._must_not((near != pairs) & (a != b), a, b)
+            # Where every unit is there once, units tell the order: slots may meet that met through others in the trace.
+            _, unit, times = self.components[a].unique(return_inverse=True, return_counts=True)
+            self._must_not((near != pairs) & (a != b) & (times[unit] > 1), a, b)
 
     def _must_belong(self, a, b):
         a, b = a.reshape(-1), b.reshape(-1)
