@@ -54,8 +54,7 @@ def measure(model, calibration, photos, labels, target, rounds, seed) -> dict:
     plan = taylored.shrink(mended, calibration, target, rounds, seed=seed, log=told.append, progress=False)
     seconds = time.perf_counter() - since
     cut = copy.deepcopy(model)
-    graph = taylored.trace(cut, calibration[0][:2])
-    taylored.compact(cut, taylored.PrunePlan.of(graph, plan.removed))
+    taylored.compact(cut, plan)
     found = {"flops": plan.flops[1] / plan.flops[0], "seconds": round(seconds, 1), "cut": accuracy(cut, photos, labels)}
     taylored.recalibrate(cut, calibration)
     found |= {"batch norm anew": accuracy(cut, photos, labels), "mended": accuracy(mended, photos, labels)}

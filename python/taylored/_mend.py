@@ -60,11 +60,9 @@ class Mending:
 def mendings(graph: ChannelGraph, plan: PrunePlan, measured: InputMoments, frozen: bool = False) -> dict[str, Mending]:
     """Layer -> how it is mended when the plan is applied: every measured layer that loses inputs. frozen: also those whose
     weights take no gradient."""
-    model, name_at = measured.model, holders(measured.model)
-    modules: dict[str, list[str]] = {}
-    for name in (
-        collected := measured.collected()
-    ):  # a weight that several layers share is mended once, for all that they take in
+    model, name_at, collected = measured.model, holders(measured.model), measured.collected()
+    modules: dict[str, list[str]] = {}  # a weight that several layers share is mended once, for all that they take in
+    for name in collected:
         modules.setdefault(name_at[f"{name}.weight"], []).append(name)
     tensors = dict(model.named_parameters())
     found = {}
@@ -75,14 +73,14 @@ def mendings(graph: ChannelGraph, plan: PrunePlan, measured: InputMoments, froze
             continue
         if norms is None:
             norms = following_norms(model, graph, set(collected))
-        bias = name_at.get(f"{names[0]}.bias")
-        constant = bias if len(names) == 1 and bias is not None else None
-        if constant is not None and not (frozen or tensors[constant].requires_grad):
+        constant, subtracted, moments = name_at.get(f"{names[0]}.bias"), False, collected[names[0]]
+        if constant is None:
+            constant = norms.get(names[0])
+            subtracted = constant is not None
+        elif not (frozen or tensors[constant].requires_grad):
             constant = None
-        subtracted = constant is None and bias is None and len(names) == 1 and names[0] in norms
-        constant = norms[names[0]] if subtracted else constant
-        moments = collected[names[0]]
         if len(names) > 1:
+            constant, subtracted = None, False  # each layer has one of its own
             moments = Moments(len(moments.pivot), moments.pivot.device)
             for name in names:
                 moments += collected[name]

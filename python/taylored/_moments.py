@@ -218,7 +218,9 @@ class InputMoments:
         def hook(module, args):
             if current_backward() == -1:  # a checkpointed segment that runs again was seen before
                 rows = rows_of(module, args[0], self.places[name])
-                self.moments.setdefault(name, Moments(rows.shape[-1], rows.device)).add(rows)
+                if name not in self.moments:  # which holds C x C zeros: not to be made in vain at every call
+                    self.moments[name] = Moments(rows.shape[-1], rows.device)
+                self.moments[name].add(rows)
             return self._passed_on(args)
 
         return hook

@@ -159,7 +159,7 @@ def _most_strokes(gone, budget) -> int:
 def _fewest_strokes(graph, gone, price, name, budget) -> int:
     """How many strokes it takes until no more remains than the budget."""
     total = graph.params if name == "target_params" else graph.flops
-    limit = _absolute(name, budget, total)
+    limit = absolute(name, budget, total)
     least = price(price.units - gone.after(gone.strokes))
     if not gone.strokes and limit < total:
         raise PlanError(
@@ -215,7 +215,8 @@ def _checked(graph, scores) -> dict[str, torch.Tensor]:
     return checked
 
 
-def _absolute(name, budget, total) -> int:
+def absolute(name: str, budget: float, total: int) -> int:
+    """What may remain of `total`, where a budget is a fraction of it or absolute. Raises PlanError, calling it `name`."""
     if isinstance(budget, bool) or not isinstance(budget, (int, float)):
         raise PlanError(f"{name} must be a number, got {budget!r}")
     if isinstance(budget, float) and 0 < budget <= 1:

@@ -17,7 +17,7 @@ from taylored._modules import Inputs, check_module, run_on, still, tensors_in
 from taylored._moments import check_inputs
 from taylored._optimizers import Optimizers
 from taylored._plan import PrunePlan
-from taylored._planning import Ignored, make_plan
+from taylored._planning import Ignored, absolute, make_plan
 from taylored._proof import first_examples
 from taylored._recalibrate import recalibrate
 from taylored._residual import ResidualScorer
@@ -70,7 +70,7 @@ def shrink(
     options: dict[str, Any] = {"per_flop": True, "round_to": round_to, "ignore": ignore}
     any_scores = {g.name: torch.ones(g.units) for g in graph.groups}
     make_plan(graph, any_scores, target_flops=target_flops, **options)  # whether it can be met
-    total = int(target_flops) if target_flops > 1 else int(target_flops * whole.flops)
+    total = absolute("target_flops", target_flops, whole.flops)
     frozen = not any(p.requires_grad for p in model.parameters())
     for number in range(1, rounds + 1):
         since = time.perf_counter()

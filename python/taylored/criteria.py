@@ -35,10 +35,7 @@ def taylor(model: nn.Module, graph: ChannelGraph, batches: Iterable, loss_fn: Ca
     """First-order change of the loss, as `TaylorScorer` measures it (arXiv:1611.06440, equations 6 and 7).
 
     reduction: "abs", the paper's mean of |t|; "batch", |sum over a batch|; "square", mean of t^2 (arXiv:1906.10771)."""
-    with still(model), TaylorScorer(model, graph, reduction=reduction) as scorer:
-        for inputs, targets in batches:
-            loss_fn(run_on(model, inputs), targets).backward()
-    return scorer.scores()
+    return _scored(TaylorScorer(model, graph, reduction=reduction), model, batches, loss_fn)
 
 
 def obd(model: nn.Module, graph: ChannelGraph, batches: Iterable, loss_fn: Callable) -> Scores:
@@ -95,7 +92,12 @@ def _hessian_roots(loss_fn, output, targets) -> torch.Tensor:
 def residual(model: nn.Module, graph: ChannelGraph, batches: Iterable, loss_fn: Callable) -> Scores:
     """The loss that a unit leaves behind when its consumers are mended, as `ResidualScorer` measures it, with the Fisher
     information of the given loss (Hassibi and Stork, NIPS 1992, equation 5)."""
-    with still(model), ResidualScorer(model, graph) as scorer:
+    return _scored(ResidualScorer(model, graph), model, batches, loss_fn)
+
+
+def _scored(scorer: TaylorScorer | ResidualScorer, model, batches, loss_fn) -> Scores:
+    """What a scorer says after a pass forward and back over all batches."""
+    with still(model), scorer:
         for inputs, targets in batches:
             loss_fn(run_on(model, inputs), targets).backward()
     return scorer.scores()

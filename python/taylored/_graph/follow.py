@@ -4,7 +4,7 @@ import torch
 
 from taylored._errors import TraceError
 from taylored._graph.labels import tensors_of
-from taylored._graph.mode import LabelMode, run_pass
+from taylored._graph.mode import LabelMode, run_pass, stand_ins_of
 from taylored._graph.rules import RULES, batch_norm
 from taylored._graph.values import ChannelGraph
 from taylored._modules import named_tensors
@@ -55,13 +55,9 @@ class FollowMode(LabelMode):
 def following_norms(model: torch.nn.Module, graph: ChannelGraph, layers: set[str]) -> dict[str, str]:
     """Layer -> the name of the running mean of the batch norm that alone takes its output, and takes no other's."""
     evaluation = graph.passes[0]
-    tensors = named_tensors(model)
-    stand_ins = {
-        name: torch.empty_like(t, device="meta") if evaluation.values == "none" else t.detach().clone()
-        for name, t in tensors.items()
-    }
-    names = {id(t): name for name, t in stand_ins.items()}
     mode = FollowMode(model, evaluation.values, layers)
+    stand_ins = stand_ins_of(mode, model, named_tensors(model))
+    names = {id(t): name for name, t in stand_ins.items()}
     try:
         run_pass(model, stand_ins, mode, False, evaluation.args, evaluation.kwargs)
     except TraceError:

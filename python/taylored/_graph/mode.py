@@ -198,6 +198,12 @@ def stand_in(mode: LabelMode, model: nn.Module, name: str, tensor: torch.Tensor,
     return tensor.new_zeros([1] * len(shape)).expand(shape) if unseen else None
 
 
+def stand_ins_of(mode: LabelMode, model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """For each of the model's tensors what stands in for it, whole: a blank, or a copy where a run looks at its values."""
+    blanks = {name: stand_in(mode, model, name, tensor, tensor.shape) for name, tensor in tensors.items()}
+    return {name: tensors[name].detach().clone() if blank is None else blank for name, blank in blanks.items()}
+
+
 def label_all(mode: LabelMode, stand_ins: dict[str, torch.Tensor]) -> dict[tuple[str, int], int]:
     """Give every dimension labels of its own. Returns the first label of each."""
     offsets = {}

@@ -16,7 +16,7 @@ from torch import nn
 from taylored._errors import TraceError
 from taylored._graph.bundles import needless_ties, with_bundles
 from taylored._graph.components import Traced, graph_of
-from taylored._graph.mode import VALUES, label_all, looks_at_data, run_pass, stand_in
+from taylored._graph.mode import VALUES, label_all, looks_at_data, run_pass, stand_ins_of
 from taylored._graph.rehearsal import ModelRehearser, Rehearsal
 from taylored._graph.rows import row_orders
 from taylored._graph.tracer import Tracer
@@ -164,10 +164,7 @@ def _run(model, args, kwargs, fully_connected, levels) -> tuple[Traced, list[str
 
 def _run_with(values, model, tensors, args, kwargs, fully_connected):
     tracer = Tracer(model, fully_connected, values)
-    stand_ins = {}
-    for name, tensor in tensors.items():
-        blank = stand_in(tracer, model, name, tensor, tensor.shape)
-        stand_ins[name] = tensor.detach().clone() if blank is None else blank
+    stand_ins = stand_ins_of(tracer, model, tensors)
     offsets = label_all(tracer, stand_ins)
     passes = [run_pass(model, stand_ins, tracer, False, args, kwargs)]
     costs, tracer.costs = tracer.costs, []
